@@ -1,0 +1,45 @@
+# make run      sets everything up and trains the tiny model on this machine
+# make test     sets everything up and runs the tests
+PYTHON ?= python3.11
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+export OMP_NUM_THREADS := 1
+
+.PHONY: setup run test test-full bench check format clean
+
+setup: .venv/ready
+
+# torch's CPU build: from the configured index where it has one, else from PyTorch's own.
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: found $$($(PYTHON) --version), expected Python 3.11: set PYTHON=" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --no-deps "$$(grep '^torch==' requirements.lock)" 2>/dev/null \
+		|| $(BIN)/pip install -q --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/pip install -q --no-deps -r requirements.lock
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+run: setup
+	$(BIN)/python launch/cluster.py --layout local
+
+test: setup check
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: setup
+	$(BIN)/python -m pytest -m full
+
+bench: setup
+	$(BIN)/python -m tests.bench --all --write docs/benchmarks.md
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .cache runs

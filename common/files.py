@@ -1,0 +1,40 @@
+"""Files that are whole or absent."""
+
+import os
+from pathlib import Path
+
+from common.errors import RunDirectoryError
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Writes `data` to `path` by renaming a finished temporary file.
+
+    Raises:
+        RunDirectoryError: The disk is full or the directory cannot be written; `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_private(path: Path) -> bytes:
+    """The content of a file that only its owner can read.
+
+    Raises:
+        RunDirectoryError: It is missing, or others can read it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise RunDirectoryError(f"{path}: not found, expected a run directory that the launcher made") from None
+    if mode & 0o077:
+        raise RunDirectoryError(f"{path}: found mode {mode & 0o777:o}, expected 600: others can read the run's keys")
+    return path.read_bytes()

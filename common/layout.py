@@ -1,0 +1,130 @@
+"""A configuration from a layout file and overrides, and the errors of people who write one."""
+
+import difflib
+import re
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.config import Config
+from common.errors import ConfigError, RunDirectoryError
+from common.files import write_atomically
+
+RESOLVED = "config.json"
+_PATH = re.compile(r"^(.*?)(?: - at `\$(.*)`)?$", re.DOTALL)
+
+
+def load_config(layout: Path, overrides: list[str]) -> Config:
+    """The configuration of `layout` with `overrides` (lines such as `optimizer.lr=3e-6`) applied.
+
+    Raises:
+        ConfigError: A file, line, key or value is wrong, or keys contradict each other.
+    """
+    values = _read_toml(layout)
+    for line in overrides:
+        _override(values, line)
+    _check_keys(values, Config, str(layout), "")
+    try:
+        config = msgspec.convert(values, Config, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(error, values, layout)) from error
+    config.check()
+    return config
+
+
+def write_resolved(config: Config, run_dir: Path) -> None:
+    """Writes the resolved configuration to the run directory."""
+    write_atomically(run_dir / RESOLVED, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+
+
+def read_resolved(run_dir: Path) -> Config:
+    """The configuration that the launcher wrote.
+
+    Raises:
+        RunDirectoryError: There is none.
+    """
+    path = run_dir / RESOLVED
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Config)
+    except FileNotFoundError:
+        raise RunDirectoryError(f"{path}: not found, expected a run directory that the launcher made") from None
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.toml")))
+        raise ConfigError(f"{path}: layout not found, expected one of: {known}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _override(values: dict[str, Any], line: str) -> None:
+    """Applies `section.key=value`; a value that is no TOML is a string, so that paths need no quotes."""
+    key, equals, text = line.partition("=")
+    if not equals or not re.fullmatch(r"\s*[\w-]+(\.[\w-]+)*\s*", key):
+        raise ConfigError(f"override {line!r}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.strip().split(".")
+    table = values
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {line!r}: {part} is no section")
+    table[last] = value
+
+
+def _check_keys(values: dict[str, Any], kind: type, where: str, prefix: str) -> None:
+    """Raises ConfigError for the first key that the struct `kind` does not have, with the nearest that exists."""
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in hints:
+            every = _all_keys(Config)
+            near = difflib.get_close_matches(path, every, n=1, cutoff=0.0)
+            near = [k for k in every if k.rpartition(".")[2] == key] or near
+            raise ConfigError(f"{where}: unknown key {path!r}, the nearest is {near[0]!r}")
+        if isinstance(value, dict) and _is_struct(hints[key]):
+            _check_keys(value, hints[key], where, f"{path}.")
+        for item in value if isinstance(value, list) else ():
+            element = _element(hints[key])
+            if isinstance(item, dict) and element is not None:
+                _check_keys(item, element, where, f"{path}[].")
+
+
+def _all_keys(kind: type, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, hint in typing.get_type_hints(kind).items():
+        keys += _all_keys(hint, f"{prefix}{name}.") if _is_struct(hint) else [f"{prefix}{name}"]
+    return keys
+
+
+def _is_struct(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, msgspec.Struct)
+
+
+def _element(hint: Any) -> type | None:
+    """The struct in a hint such as `str | tuple[DataFile, ...]`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((a for o in options for a in typing.get_args(o) if _is_struct(a)), None)
+
+
+def _explain(error: msgspec.ValidationError, values: dict[str, Any], layout: Path) -> str:
+    """msgspec's message with the key's path, the value that was found, and the file."""
+    match = _PATH.match(str(error))
+    assert match is not None
+    message, path = match[1], (match[2] or "").lstrip(".")
+    found: Any = values
+    for part in re.findall(r"[\w-]+", path):
+        found = found[int(part)] if isinstance(found, list) else found.get(part, {}) if isinstance(found, dict) else found
+    return f"{layout}: {path}: found {found!r}, {message[:1].lower()}{message[1:].replace('`', '')}"

@@ -1,0 +1,48 @@
+"""Structured logs: JSON lines in the run directory, and a readable form on a terminal."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import structlog
+
+
+def start_logging(role: str, run_dir: Path | None, *, name: str = "", terminal: bool = False) -> None:
+    """Binds the role to every event and sends events to `RUN/logs/NAME.jsonl`, or to stderr.
+
+    Args:
+        role: The process's role.
+        run_dir: The run directory; None logs to stderr only.
+        name: Of the process, such as `generator-0`; the role where empty.
+        terminal: Whether people read it: no JSON, and to stderr.
+    """
+    stream: TextIO = sys.stderr
+    if run_dir is not None and not terminal:
+        path = run_dir / "logs" / f"{name or role}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a", buffering=1)
+    renderer = structlog.dev.ConsoleRenderer(colors=False) if terminal else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.dict_tracebacks if not terminal else structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(stream),
+    )
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(role=role, process=name or role)
+
+
+def logger() -> structlog.typing.FilteringBoundLogger:
+    """The process's logger: an event name and key-values."""
+    return structlog.get_logger()
+
+
+def bind(**values: object) -> None:
+    """Adds key-values, such as the policy version, to every later event of this task and process."""
+    structlog.contextvars.bind_contextvars(**values)

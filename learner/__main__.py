@@ -1,0 +1,41 @@
+"""One rank of the learner: `torchrun --max-restarts=0 -m learner RUN`."""
+
+import argparse
+import signal
+import time
+from pathlib import Path
+from threading import Event
+
+import psutil
+
+from common.errors import exit_on_error
+from common.layout import read_resolved
+from common.log import logger, start_logging
+from common.process import die_with_parent
+
+
+def main() -> None:
+    """Trains until the run's last step, or until SIGTERM, SIGINT or SIGUSR1 asks for a checkpoint and an end."""
+    parser = argparse.ArgumentParser(prog="python -m learner", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="the run directory that the launcher made")
+    run_dir = parser.parse_args().run_dir
+    die_with_parent()
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: stop.set())
+    start_logging("learner", run_dir, name="learner-0")
+    config = read_resolved(run_dir)
+
+    from learner.link import LedgerLink
+    from learner.loop import Learner
+    from learner.megatron.policy import Policy
+
+    policy = Policy(config)
+    with LedgerLink(run_dir, stall_timeout_s=config.run.stall_timeout_s, should_stop=stop.is_set) as ledger:
+        logger().info("ready", seconds=time.time() - psutil.Process().create_time())
+        Learner(config, run_dir, policy, ledger, stop.is_set).train()
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()

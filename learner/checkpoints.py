@@ -1,0 +1,92 @@
+"""The checkpoints of a run: each a directory that is whole or absent.
+
+    RUN/checkpoints/step-000050/megatron/      model, optimizer, schedule, random states
+                                huggingface/   the same weights, for transformers and SGLang
+                                version.json   the policy version
+    RUN/checkpoints/best                       a link to the one with the best held-out accuracy
+"""
+
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from common.config import Config
+from common.errors import RunDirectoryError
+from common.log import logger
+from common.versions import Version
+from learner.export import write_hugging_face
+from learner.megatron.policy import Policy
+
+_VERSION = "version.json"
+HUGGING_FACE = "huggingface"
+_MEGATRON = "megatron"
+
+
+class Checkpoints:
+    """Saves, loads, and keeps the newest few and the best."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self._directory = run_dir / "checkpoints"
+        self._keep = config.learner.keep_checkpoints
+        self._model_dir = Path(config.model)
+        self._best = self._directory / "best"
+
+    def load_newest(self, policy: Policy) -> Version | None:
+        """Loads the newest whole checkpoint into the policy and returns its version; None where there is none."""
+        for path in reversed(self._whole()):
+            policy.load(path / _MEGATRON)
+            version = msgspec.json.decode((path / _VERSION).read_bytes(), type=Version)
+            logger().info("checkpoint_loaded", path=str(path), version=str(version))
+            return version
+        return None
+
+    def save(self, policy: Policy, version: Version) -> Path:
+        """Writes the checkpoint of a version, forgets the oldest, and returns the path of its Hugging Face form.
+
+        Raises:
+            RunDirectoryError: The disk is full; what was there before is as it was.
+        """
+        path = self._path(version)
+        temporary = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            policy.save(temporary / _MEGATRON)
+            write_hugging_face(policy.export(), self._model_dir, temporary / HUGGING_FACE, whole_model=True)
+            (temporary / _VERSION).write_bytes(msgspec.json.encode(version))
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror or error}") from error
+        self._forget()
+        return path / HUGGING_FACE
+
+    def has(self, version: Version) -> bool:
+        """Whether the version has a checkpoint."""
+        path = self._path(version) / _VERSION
+        return path.exists() and msgspec.json.decode(path.read_bytes(), type=Version) == version
+
+    def mark_best(self, version: Version) -> None:
+        """Links `best` to the checkpoint of a version."""
+        temporary = self._best.with_name(".best")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(self._path(version).name)
+        temporary.replace(self._best)
+
+    def hugging_face(self, version: Version) -> Path:
+        """Where the version's Hugging Face form is."""
+        return self._path(version) / HUGGING_FACE
+
+    def _path(self, version: Version) -> Path:
+        return self._directory / f"step-{version.number:06d}"
+
+    def _whole(self) -> list[Path]:
+        return sorted(p.parent for p in self._directory.glob(f"step-*/{_VERSION}"))
+
+    def _forget(self) -> None:
+        best = self._best.resolve() if self._best.is_symlink() else None
+        for path in self._whole()[: -self._keep]:
+            if path != best:
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,75 @@
+"""The audit of a run, live or dead: does every visit handed out have exactly one state, and all that goes with it."""
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from common.config import Config
+from common.layout import read_resolved
+from common.wire import VisitState
+from learner.ledger.store import Store
+from learner.ledger.visits import ENDED
+from learner.ledger.waits import run_waits_for
+
+
+class Audit(NamedTuple):
+    """What an audit found.
+
+    Attributes:
+        lines: For people.
+        wrong: What does not hold; empty in a sound run.
+    """
+
+    lines: list[str]
+    wrong: list[str]
+
+
+def audit(run_dir: Path) -> Audit:
+    """Reads the run's file, and changes nothing.
+
+    Raises:
+        RunDirectoryError: There is no ledger, or it cannot be read.
+    """
+    config, store = read_resolved(run_dir), Store(run_dir, read_only=True)
+    try:
+        store.begin_reading()
+        counts = dict(store.rows("SELECT state, COUNT(*) FROM visits GROUP BY state"))
+        wrong = _wrong(store, counts)
+        return Audit(_lines(store, config, counts), wrong)
+    finally:
+        store.close()
+
+
+def _lines(store: Store, config: Config, counts: dict[str, int]) -> list[str]:
+    now = time.time()
+    lines = [f"{state.value:<12} {counts.get(state.value, 0)}" for state in VisitState]
+    lines.append(f"{'handed out':<12} {store.head().num_visits}")
+    if oldest := store.rows(
+        "SELECT number, attempt, holder, granted_at FROM visits WHERE state = 'leased' ORDER BY granted_at LIMIT 1"
+    ):
+        number, attempt, holder, granted_at = oldest[0]
+        lines.append(f"oldest lease: visit {number}, attempt {attempt}, {holder}, {now - granted_at:.1f} s")
+    if store.meta("prepared") is not None:
+        ledger, evaluations = store.ledger(config, now), store.evaluations(config, now)
+        waits = run_waits_for(config, ledger, evaluations, None, store.manifest())
+        lines.append(f"waiting for: {waits or 'nothing'}")
+    return lines
+
+
+def _wrong(store: Store, counts: dict[str, int]) -> list[str]:
+    num_visits = store.head().num_visits
+    ended = ", ".join(f"'{state.value}'" for state in ENDED)
+    checks = {
+        "visits without a payload that a step needs": "SELECT COUNT(*) FROM visits "
+        "WHERE state IN ('scored', 'reserved') AND number NOT IN (SELECT visit FROM payloads)",
+        "payloads without a visit that needs them": "SELECT COUNT(*) FROM payloads WHERE visit NOT IN "
+        "(SELECT number FROM visits WHERE state IN ('scored', 'reserved', 'trained'))",
+        "visits that ended without a reason": f"SELECT COUNT(*) FROM visits WHERE state IN ({ended}, 'trained') "
+        "AND reason = ''",
+        "visits trained in no step": "SELECT COUNT(*) FROM visits WHERE state = 'trained' AND step = ''",
+        "leases without a holder": "SELECT COUNT(*) FROM visits WHERE (state = 'leased') != (holder != '')",
+    }
+    wrong = [f"{num} {what}" for what, query in checks.items() if (num := store.rows(query)[0][0])]
+    if (total := sum(counts.values())) != num_visits:
+        wrong.append(f"the states sum to {total}, expected {num_visits} visits handed out")
+    return wrong

@@ -1,0 +1,100 @@
+"""Who is in the run: members, their beats and their rates. No sockets, no clock of its own."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from common import wire
+
+RATE_WINDOW_S = 60.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Process:
+    """A process that said hello.
+
+    Attributes:
+        role: What it is.
+        name: Which it is.
+        endpoint: Where it listens; empty for all but verifiers.
+        joined_at: Wall-clock seconds since the epoch.
+        heard_at: When it last said anything.
+        stats: Of the last minute, oldest first.
+    """
+
+    role: wire.Role
+    name: str
+    endpoint: str
+    joined_at: float
+    heard_at: float
+    stats: deque[wire.Stats] = field(default_factory=deque)
+
+    def member(self, now: float) -> wire.Member:
+        """The process as others see it."""
+        while self.stats and self.stats[0].interval.end < now - RATE_WINDOW_S:
+            self.stats.popleft()
+        seconds = sum(stats.interval.end - stats.interval.start for stats in self.stats) or 1.0
+        busy = sum(span.end - span.start for stats in self.stats for span in stats.busy)
+        return wire.Member(
+            role=self.role,
+            name=self.name,
+            seconds=now - self.joined_at,
+            silent_s=now - self.heard_at,
+            busy_share=min(1.0, busy / seconds),
+            tokens_per_s=sum(stats.num_tokens for stats in self.stats) / seconds,
+            items_per_s=sum(stats.num_items for stats in self.stats) / seconds,
+            gauges=self.stats[-1].gauges if self.stats else {},
+        )
+
+
+class Fleet:
+    """All processes that are alive, by name."""
+
+    def __init__(self, members: list[tuple[str, str, str]], now: float) -> None:
+        """`members` are name, role and endpoint of those who were alive when the ledger was last."""
+        self._processes = {
+            name: Process(role=wire.Role(role), name=name, endpoint=endpoint, joined_at=now, heard_at=now)
+            for name, role, endpoint in members
+        }
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the process is known."""
+        return name in self._processes
+
+    def join(self, hello: wire.Hello, now: float) -> None:
+        """A process is alive from now on, in place of an older one of its name."""
+        self._processes[hello.name] = Process(
+            role=hello.role, name=hello.name, endpoint=hello.endpoint, joined_at=now, heard_at=now
+        )
+
+    def beat(self, beat: wire.Beat, now: float) -> bool:
+        """Takes a sign of life; False where the process has to say hello first."""
+        process = self._processes.get(beat.name)
+        if process is None:
+            return False
+        process.heard_at = now
+        if beat.stats is not None:
+            process.stats.append(beat.stats)
+            while process.stats[0].interval.end < now - RATE_WINDOW_S and len(process.stats) > 1:
+                process.stats.popleft()
+        return True
+
+    def remove_silent(self, now: float, timeout_s: float) -> list[Process]:
+        """Forgets those that were silent for longer than `timeout_s`, and returns them."""
+        silent = [process for process in self._processes.values() if now - process.heard_at > timeout_s]
+        for process in silent:
+            del self._processes[process.name]
+        return silent
+
+    def endpoints(self) -> tuple[str, ...]:
+        """Where the verifiers listen."""
+        processes = self._processes.values()
+        return tuple(sorted(p.endpoint for p in processes if p.role is wire.Role.VERIFIER and p.endpoint))
+
+    def count(self, role: wire.Role) -> int:
+        """How many processes of a role are alive."""
+        return sum(process.role is role for process in self._processes.values())
+
+    def members(self, now: float) -> tuple[wire.Member, ...]:
+        """Everyone, by role and name."""
+        processes = sorted(self._processes.values(), key=lambda p: (p.role, p.name))
+        return tuple(process.member(now) for process in processes)

@@ -1,0 +1,108 @@
+"""What the ledger needs of a model directory: that it can be trained, and its tokenizer with the chat template."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer
+
+from common.errors import ModelError
+from learner.ledger.template import ChatTemplate, Messages
+
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+_SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+
+class ModelDirectory:
+    """A Hugging Face checkpoint, as far as prompts are concerned."""
+
+    def __init__(self, path: Path) -> None:
+        """Checks the architecture and loads the tokenizer.
+
+        Raises:
+            ModelError: The directory is missing, broken, or of an architecture that is not supported.
+        """
+        self.path = path
+        _check_architecture(path)
+        self._tokenizer = _tokenizer(path / "tokenizer.json")
+        self._template = _template(path)
+
+    def digest(self) -> str:
+        """A hash of what decides how a prompt is tokenized."""
+        digest = hashlib.sha256()
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            file = self.path / name
+            digest.update(file.read_bytes() if file.exists() else b"\0")
+        return digest.hexdigest()
+
+    def encode(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text."""
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+
+    def render(self, messages: Messages, kwargs: dict[str, Any]) -> str:
+        """The chat template applied to messages, with the beginning of the answer.
+
+        Raises:
+            ModelError: The model has no chat template.
+            jinja2.TemplateError: The template refuses the messages.
+        """
+        if self._template is None:
+            raise ModelError(f"{self.path}: found no chat template, expected one for prompts that are chat messages")
+        return self._template.render(messages, kwargs)
+
+
+def _check_architecture(path: Path) -> None:
+    if not path.is_dir():
+        raise ModelError(f"{path}: not found, expected the directory of a Hugging Face checkpoint")
+    config = _read_json(path / "config.json", "the model's configuration")
+    found = config.get("architectures") or [None]
+    if found[0] not in ARCHITECTURES:
+        raise ModelError(
+            f"{path / 'config.json'}: found architecture {found[0]}, expected one of {', '.join(ARCHITECTURES)}"
+        )
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path}: not found, expected {what}") from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: found {type(value).__name__}, expected an object")
+    return value
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    _read_json(path, "the model's fast tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"{path}: no tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _template(path: Path) -> ChatTemplate | None:
+    """The template in chat_template.jinja, or else in tokenizer_config.json; None where there is neither."""
+    config = _read_json(path / "tokenizer_config.json", "") if (path / "tokenizer_config.json").exists() else {}
+    legacy = path / "special_tokens_map.json"
+    special = {**(_read_json(legacy, "") if legacy.exists() else {}), **config}
+    file = path / "chat_template.jinja"
+    text = file.read_text() if file.exists() else config.get("chat_template")
+    if isinstance(text, list):
+        text = next((entry["template"] for entry in text if entry.get("name") == "default"), None)
+    if text is None:
+        return None
+    try:
+        return ChatTemplate(text, {k: _token(special[k]) for k in _SPECIAL if special.get(k) is not None})
+    except jinja2.TemplateError as error:
+        raise ModelError(f"{path}: broken chat template: {error}") from error
+
+
+def _token(value: str | dict[str, Any]) -> str:
+    return value if isinstance(value, str) else str(value["content"])

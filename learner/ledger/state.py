@@ -1,0 +1,343 @@
+"""The state machine of prompt visits (docs/architecture.md): no sockets, no files, no clock of its own.
+
+    new ─► leased ─► scored ─► reserved ─► trained
+             │ ▲       │ ▲         │          │
+             ▼ │       │ └─────────┴──────────┘  the learner resumed from a checkpoint before it
+           waiting ◄───┘ expired
+
+Every call either refuses and changes nothing that was asked for, or changes the state; `drain` then returns what has
+to be stored, as one transaction, before anyone hears of it.
+"""
+
+from collections.abc import Callable, Iterable
+
+from common import wire
+from common.config import Config
+from common.errors import RefusedError
+from common.versions import Version
+from common.wire import VisitState
+from learner.ledger.book import Book
+from learner.ledger.judgement import malformed_reason, num_graded, uniform_reason, versions_of
+from learner.ledger.track import START, Track
+from learner.ledger.visits import Changes, Head, Visit
+
+MIN_GRADED = 2
+
+
+class Ledger:
+    """All visits of a run, and the learner's version.
+
+    Attributes:
+        track: Where the learner is.
+        closing: Why the run ends; empty while it does not.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prompt_of: Callable[[int], tuple[int, str]],
+        *,
+        head: Head | None = None,
+        live: Iterable[Visit] = (),
+        ended: Iterable[tuple[int, VisitState]] = (),
+    ) -> None:
+        """A new ledger, or one as it was stored.
+
+        Args:
+            config: Of the run.
+            prompt_of: Row of a visit's prompt, and why the prompt is outside the limits (empty: it is not).
+            head: As drained last.
+            live: Visits that have not ended.
+            ended: Visits that have, with their state.
+        """
+        head = head or Head()
+        self._config, self._prompt_of = config, prompt_of
+        self._book = Book(head.num_visits, live, ended)
+        self.track, self.closing = Track(head), head.closing
+        self._stored_head = head
+
+    def accounts(self) -> dict[str, int]:
+        """How many visits are in each state; the sum is the visits handed out."""
+        return self._book.accounts()
+
+    def visits(self, state: VisitState) -> list[Visit]:
+        """The visits in a state that have not ended, by number."""
+        return self._book.visits(state)
+
+    def head(self) -> Head:
+        """All but the visits."""
+        return Head(
+            current=self.track.current,
+            branches=self.track.lineages.branches,
+            checkpoints=self.track.checkpoints,
+            horizon=self.track.horizon,
+            num_commits=self.track.num_commits,
+            num_visits=self._book.num_visits,
+            closing=self.closing,
+        )
+
+    def drain(self) -> Changes:
+        """What changed since the last call."""
+        head = self.head()
+        changes = self._book.drain(None if head == self._stored_head else head)
+        self._stored_head = head
+        return changes
+
+    # Generators
+
+    def budget(self, version: Version) -> int:
+        """How many visits may be admitted and not consumed before a generator at `version` gets no lease.
+
+        (eta + g - v + 1) * groups_per_step, where v - g is the staleness of what the generator would sample: the last
+        one admitted is consumed at the step from version g + eta, no later.
+        """
+        if self.track.current is None or self.closing or not self.track.knows(version):
+            return 0
+        behind = self.track.staleness(version)
+        return (self._config.max_staleness - behind + 1) * self._config.groups_per_step
+
+    @property
+    def num_admitted(self) -> int:
+        """Visits that take up the staleness budget: admitted and not yet consumed."""
+        return self._book.count(VisitState.LEASED, VisitState.SCORED, VisitState.RESERVED)
+
+    def grant(self, name: str, version: Version, room: int, now: float) -> list[Visit]:
+        """Leases up to `room` visits to a generator whose engine holds `version`: those that came back first."""
+        granted: list[Visit] = []
+        budget = self.budget(version)
+        while len(granted) < room and self.num_admitted < budget:
+            waiting = self._book.visits(VisitState.WAITING)
+            visit = min(waiting, key=lambda v: (not v.pinned, v.number)) if waiting else self._next()
+            visit.lease(name, version, now)
+            self._book.move(visit, VisitState.LEASED, f"granted to {name} at {version}")
+            granted.append(visit)
+        return granted
+
+    def beat(self, name: str, holds: tuple[wire.LeaseKey, ...], now: float) -> tuple[wire.LeaseKey, ...]:
+        """Renews the leases that a generator holds, and returns those that are no longer wanted."""
+        cancelled: list[wire.LeaseKey] = []
+        for key in holds:
+            visit = self._book.find(VisitState.LEASED, key.visit)
+            if visit is not None and visit.key == key and visit.holder == name:
+                visit.heard_at = now
+            else:
+                cancelled.append(key)
+        return tuple(cancelled)
+
+    def free(self, name: str) -> int:
+        """Ends the leases of a process that was replaced; returns how many there were."""
+        held = [visit for visit in self.visits(VisitState.LEASED) if visit.holder == name]
+        for visit in held:
+            self._give_back(visit, f"{name} was replaced")
+        return len(held)
+
+    def expire(self, now: float) -> int:
+        """Ends the leases whose heartbeat or completion is overdue; returns how many there were."""
+        num = 0
+        for visit in self.visits(VisitState.LEASED):
+            if reason := visit.lapse_reason(self._config.lease, now):
+                self._give_back(visit, reason)
+                num += 1
+        return num
+
+    def store(self, scored: wire.ScoredGroup, payload: bytes) -> wire.Verdict:
+        """Takes a scored group, or says why not. Fenced by (visit, attempt); the first one stored wins.
+
+        Args:
+            scored: The group with its grades.
+            payload: The same, encoded; kept as it is.
+        """
+        key = scored.group.key
+        visit = self._book.find(VisitState.LEASED, key.visit)
+        if visit is None or visit.attempt != key.attempt:
+            return self._late(key)
+        config = self._config
+        if reason := malformed_reason(scored, config.group_size, len(self.track.lineages.branches)):
+            self._give_back(visit, f"malformed: {reason}")
+            return wire.Verdict(status="refused", reason=f"malformed: {reason}")
+        visit.versions = versions_of(scored.group)
+        if self._staleness(visit) > config.max_staleness:
+            return wire.Verdict(status="refused", reason=self._expire(visit))
+        if num_graded(scored.grades) < MIN_GRADED:
+            return wire.Verdict(status="refused", reason=self._return_ungraded(visit, scored))
+        if config.loss.filter_uniform and (reason := uniform_reason(scored.grades)):
+            self._book.move(visit, VisitState.FILTERED, reason)
+            return wire.Verdict(status="stored", reason=reason)
+        self._book.move(visit, VisitState.SCORED, f"graded by {scored.verifier}", payload=payload)
+        return wire.Verdict(status="stored")
+
+    # The learner
+
+    def begin(self, checkpoint: Version | None) -> Version:
+        """The version under which the learner goes on from `checkpoint`; what it trained after that is scored again.
+
+        Raises:
+            RefusedError: The checkpoint is not of this run's path, or what followed it is no longer kept.
+        """
+        for visit in self.visits(VisitState.RESERVED):
+            self._book.move(visit, VisitState.SCORED, f"the step from {visit.step} did not end")
+            visit.step = None
+        if checkpoint is None and not self.track.num_commits:
+            self.track.current = START
+        else:
+            self._resume(checkpoint or START)
+        self.closing = ""
+        self._expire_outdated()
+        return self.track.current
+
+    def reserve(self, version: Version, num_groups: int) -> list[Visit]:
+        """The batch of the step from `version`, most stale first; empty while it is not whole. Idempotent by version.
+
+        Raises:
+            RefusedError: The learner is not at that version, or asks for another number of groups than configured.
+        """
+        if self.closing or version != self.track.current:
+            raise RefusedError(
+                f"found a batch asked for {version}, expected {self.track.current} {self.closing}".rstrip()
+            )
+        if num_groups != self._config.groups_per_step:
+            raise RefusedError(f"found {num_groups} groups, expected groups_per_step = {self._config.groups_per_step}")
+        if self._book.count(VisitState.RESERVED):
+            return self._most_stale_first(VisitState.RESERVED)
+        self._expire_outdated()
+        if self.awaited_pins() or self._book.count(VisitState.SCORED) < num_groups:
+            return []
+        batch = self._most_stale_first(VisitState.SCORED)[:num_groups]
+        for visit in batch:
+            visit.step = version
+            self._book.move(visit, VisitState.RESERVED, f"for the step from {version}")
+        return batch
+
+    def awaited_pins(self) -> list[Visit]:
+        """Leased, pinned visits whose window ends at the current version: the learner does not step past them."""
+        return [
+            visit
+            for visit in self.visits(VisitState.LEASED)
+            if visit.pinned and self._lease_staleness(visit) >= self._config.max_staleness
+        ]
+
+    def commit(self, version: Version, visits: tuple[int, ...]) -> Version:
+        """Marks the batch as trained; the learner's version from now on. Idempotent by version.
+
+        Raises:
+            RefusedError: The learner is not at that version, or these are not the visits reserved for it.
+        """
+        expected = [visit.number for visit in self.visits(VisitState.RESERVED)]
+        if version != self.track.current:
+            if self.track.includes(version.next()) and self._trained_from(version) in ([], sorted(visits)):
+                return version.next()
+            raise RefusedError(f"found a commit of the step from {version}, expected one from {self.track.current}")
+        if not expected or sorted(visits) != expected:
+            raise RefusedError(f"found a commit of visits {sorted(visits)}, expected {expected}")
+        for visit in self.visits(VisitState.RESERVED):
+            self._book.move(visit, VisitState.TRAINED, f"in the step from {version}")
+        self.track.advance()
+        self._expire_outdated()
+        return version.next()
+
+    def checkpoint(self, version: Version) -> None:
+        """The checkpoint of `version` is durable: frees what no resume can need any more.
+
+        Raises:
+            RefusedError: The learner was never at that version, or has left its path.
+        """
+        if self.track.save(version, self._config.learner.keep_checkpoints):
+            for visit in self.visits(VisitState.TRAINED):
+                if self._is_contained(visit, version=self.track.checkpoints[0]):
+                    self._book.conclude(visit)
+
+    def finish(self, reason: str) -> None:
+        """No more leases: what is not trained is unused."""
+        if self.closing:
+            return
+        self.closing = reason or "the run ended"
+        for state in (VisitState.WAITING, VisitState.LEASED, VisitState.SCORED, VisitState.RESERVED):
+            for visit in self.visits(state):
+                self._book.move(visit, VisitState.UNUSED, f"{state.value} when the run ended: {self.closing}")
+
+    # Transitions
+
+    def _next(self) -> Visit:
+        """The next visit in the order of the data whose prompt is within the limits."""
+        while True:
+            prompt, rejected = self._prompt_of(self._book.num_visits)
+            visit = self._book.open(prompt)
+            if not rejected:
+                return visit
+            self._book.move(visit, VisitState.REJECTED, rejected)
+
+    def _give_back(self, visit: Visit, reason: str) -> None:
+        """Ends an attempt: the prompt goes to the front of the queue, or out where its attempts are used up."""
+        visit.versions = ()
+        if visit.attempt >= self._config.lease.max_attempts:
+            reason = f"{visit.attempt} attempts used up, the last: {reason}"
+            self._book.move(visit, VisitState.QUARANTINED, reason)
+        else:
+            self._book.move(visit, VisitState.WAITING, reason)
+
+    def _expire(self, visit: Visit) -> str:
+        """Gives back a visit that has become too stale, and pins it; returns the reason."""
+        versions = visit.versions or (visit.granted or START,)
+        reason = f"expired: sampled from {min(versions)} on, too stale at {self.track.current}"
+        visit.pinned = True
+        self._give_back(visit, reason)
+        return reason
+
+    def _return_ungraded(self, visit: Visit, scored: wire.ScoredGroup) -> str:
+        reason = f"{num_graded(scored.grades)} of {len(scored.grades)} completions graded, expected {MIN_GRADED}"
+        if visit.returned:
+            self._book.move(visit, VisitState.QUARANTINED, f"{reason}, for the second time")
+        else:
+            visit.returned = True
+            self._give_back(visit, reason)
+        return reason
+
+    def _late(self, key: wire.LeaseKey) -> wire.Verdict:
+        """What to say of a result whose lease is over."""
+        if not 0 <= key.visit < self._book.num_visits:
+            return wire.Verdict(status="refused", reason=f"visit {key.visit} was never handed out")
+        state = self._book.state_of(key.visit)
+        if state in (VisitState.SCORED, VisitState.RESERVED, VisitState.TRAINED, VisitState.FILTERED):
+            return wire.Verdict(status="duplicate", reason=f"visit {key.visit} is {state.value}")
+        return wire.Verdict(
+            status="refused", reason=f"attempt {key.attempt} is over: visit {key.visit} is {state.value}"
+        )
+
+    def _expire_outdated(self) -> None:
+        """Ends the leases, and sends back the scored groups, that the current version has left behind."""
+        for visit in self.visits(VisitState.SCORED):
+            if self._staleness(visit) > self._config.max_staleness:
+                self._expire(visit)
+        for visit in self.visits(VisitState.LEASED):
+            if self._lease_staleness(visit) > self._config.max_staleness:
+                self._expire(visit)
+
+    def _resume(self, checkpoint: Version) -> Version:
+        for visit in self.visits(VisitState.TRAINED):
+            if not self._is_contained(visit, checkpoint):
+                self._book.move(visit, VisitState.SCORED, f"the learner resumed from {checkpoint}")
+                visit.step = None
+        return self.track.resume(checkpoint)
+
+    # Versions
+
+    def _is_contained(self, visit: Visit, version: Version) -> bool:
+        """Whether the weights of `version` were trained on the visit."""
+        assert visit.step is not None
+        return self.track.leads_to(visit.step.next(), version)
+
+    def _trained_from(self, version: Version) -> list[int]:
+        return [visit.number for visit in self.visits(VisitState.TRAINED) if visit.step == version]
+
+    def _staleness(self, visit: Visit) -> int:
+        """Of a stored group: that of its oldest token."""
+        assert visit.versions
+        return max(map(self.track.staleness, visit.versions))
+
+    def _lease_staleness(self, visit: Visit) -> int:
+        """Of the oldest token that a leased group may have."""
+        assert visit.granted is not None
+        return self.track.staleness(visit.granted)
+
+    def _most_stale_first(self, state: VisitState) -> list[Visit]:
+        return sorted(self.visits(state), key=lambda visit: (-self._staleness(visit), visit.number))

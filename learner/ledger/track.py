@@ -1,0 +1,88 @@
+"""The learner's track: the version it is at, those it came by, and the checkpoints that it may return to."""
+
+from common.errors import RefusedError
+from common.versions import Lineages, Version
+from learner.ledger.visits import Head
+
+START = Version(0, 0)
+
+
+class Track:
+    """Where the learner is in the tree of versions.
+
+    Attributes:
+        current: The learner's version; None before it began.
+        lineages: All lineages so far.
+        checkpoints: Durable ones on the path of the current version, oldest first.
+        horizon: The oldest that a resume may use; None while all of the run is kept.
+        num_commits: Steps in all lineages.
+    """
+
+    def __init__(self, head: Head) -> None:
+        """The track as it was stored."""
+        self.current, self.lineages = head.current, Lineages(head.branches)
+        self.checkpoints, self.horizon, self.num_commits = head.checkpoints, head.horizon, head.num_commits
+
+    def staleness(self, version: Version) -> int:
+        """Updates between a version and the current one."""
+        assert self.current is not None
+        return self.lineages.staleness(version, self.current)
+
+    def knows(self, version: Version) -> bool:
+        """Whether the version's lineage has begun."""
+        return version.lineage <= self.lineages.newest
+
+    def leads_to(self, version: Version, descendant: Version) -> bool:
+        """Whether `version` is `descendant` or one of the versions that it was trained from."""
+        if not self.knows(version):
+            return False
+        branch = self.lineages.branches[version.lineage]
+        if branch is not None and version.number < branch.number:
+            return False
+        return self.lineages.staleness(version, descendant) == descendant.number - version.number
+
+    def includes(self, version: Version) -> bool:
+        """Whether the learner's weights were once those of `version`."""
+        return self.current is not None and self.leads_to(version, self.current)
+
+    def check_resume(self, checkpoint: Version) -> None:
+        """Checks that the learner can go on from a checkpoint.
+
+        Raises:
+            RefusedError: It is not on the track, or what followed it is no longer kept.
+        """
+        if not self.includes(checkpoint):
+            raise RefusedError(f"found a resume from {checkpoint}, expected a version on the path of {self.current}")
+        if self.horizon is not None and not self.leads_to(self.horizon, checkpoint):
+            raise RefusedError(
+                f"found a resume from {checkpoint}, expected {self.horizon} or later: older are not kept"
+            )
+
+    def resume(self, checkpoint: Version) -> Version:
+        """Opens a lineage at the checkpoint; returns its first version."""
+        self.lineages = self.lineages.opened_at(checkpoint)
+        self.current = Version(self.lineages.newest, checkpoint.number)
+        self.checkpoints = tuple(c for c in self.checkpoints if self.includes(c))
+        return self.current
+
+    def advance(self) -> Version:
+        """One more step; returns the version after it."""
+        assert self.current is not None
+        self.current, self.num_commits = self.current.next(), self.num_commits + 1
+        return self.current
+
+    def save(self, version: Version, keep: int) -> bool:
+        """A checkpoint is durable, the newest `keep` are kept; returns whether the horizon moved.
+
+        Raises:
+            RefusedError: The version is not on the track.
+        """
+        if not self.includes(version):
+            raise RefusedError(f"found a checkpoint of {version}, expected one on the path of {self.current}")
+        if version in self.checkpoints or (self.checkpoints and version.number < self.checkpoints[-1].number):
+            return False
+        self.checkpoints = (*self.checkpoints, version)[-keep:]
+        if len(self.checkpoints) < keep:
+            return False
+        self.horizon = self.checkpoints[0]
+        return True

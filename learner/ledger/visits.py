@@ -1,0 +1,116 @@
+"""Visits: what the ledger knows of one turn of one prompt."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from common.config import LeaseConfig
+from common.versions import Version
+from common.wire import LeaseKey, VisitState
+
+ENDED = (VisitState.FILTERED, VisitState.REJECTED, VisitState.QUARANTINED, VisitState.UNUSED)
+
+
+@dataclass(slots=True, kw_only=True)
+class Leasable:
+    """Something that can be leased, and the lease that it is under.
+
+    Attributes:
+        number: Of the visit; negative for an evaluation.
+        prompt: Row of the prompt in the store.
+        attempt: How often it was leased; with the number, the fence of a result.
+        holder: Name of the generator; empty where it is not leased.
+        granted: The version that the generator's engine held: no token is older.
+        granted_at: Wall-clock seconds since the epoch.
+        heard_at: When the holder last named the lease in a beat. Not stored: a restart begins it anew.
+    """
+
+    number: int
+    prompt: int
+    attempt: int = 0
+    holder: str = ""
+    granted: Version | None = None
+    granted_at: float = 0.0
+    heard_at: float = 0.0
+
+    @property
+    def key(self) -> LeaseKey:
+        """What fences the result of the newest attempt."""
+        return LeaseKey(self.number, self.attempt)
+
+    def lease(self, holder: str, version: Version, now: float) -> None:
+        """Opens the next attempt."""
+        self.attempt += 1
+        self.holder, self.granted, self.granted_at, self.heard_at = holder, version, now, now
+
+    def lapse_reason(self, limits: LeaseConfig, now: float) -> str:
+        """Why the lease is over; empty while it is not. Its heartbeat and its completion have clocks of their own."""
+        if now - self.heard_at > limits.heartbeat_timeout_s:
+            return f"{self.holder} was silent for {limits.heartbeat_timeout_s:g} s"
+        if now - self.granted_at > limits.completion_timeout_s:
+            return f"not complete after {limits.completion_timeout_s:g} s at {self.holder}"
+        return ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Visit(Leasable):
+    """One turn of a prompt in the order of the data.
+
+    Attributes:
+        state: Where it is.
+        reason: Why it is there.
+        pinned: Whether it has expired once: the learner waits for its next lease before it steps past the window.
+        returned: Whether it went back because fewer than two of its completions were graded.
+        versions: All that sampled a token of the stored group, each once.
+        step: The version that reserved or trained it.
+    """
+
+    state: VisitState = VisitState.WAITING
+    reason: str = ""
+    pinned: bool = False
+    returned: bool = False
+    versions: tuple[Version, ...] = ()
+    step: Version | None = None
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ledger knows beside the visits.
+
+    Attributes:
+        current: The learner's version; None before it began.
+        branches: Of the lineages.
+        checkpoints: Versions of the durable checkpoints on the path of the current version, oldest first.
+        horizon: The oldest checkpoint that a resume may use; payloads of what it contains are freed.
+        num_commits: Steps committed in all lineages.
+        num_visits: Visits handed out.
+        closing: Why the run ends; empty while it does not.
+    """
+
+    current: Version | None = None
+    branches: tuple[Version | None, ...] = (None,)
+    checkpoints: tuple[Version, ...] = ()
+    horizon: Version | None = None
+    num_commits: int = 0
+    num_visits: int = 0
+    closing: str = ""
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a call to the ledger changed, to be stored as one.
+
+    Attributes:
+        head: The head after it; None where it is as before.
+        visits: Those that changed, as they are now.
+        payloads: Encoded scored groups to keep, by visit.
+        freed: Visits whose payload is no longer needed.
+    """
+
+    head: Head | None
+    visits: list[Visit]
+    payloads: dict[int, bytes]
+    freed: set[int]
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to store."""
+        return bool(self.head or self.visits or self.payloads or self.freed)

@@ -1,0 +1,120 @@
+"""The training loop."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from common import wire
+from common.config import Config
+from common.errors import StallError
+from common.log import bind, logger
+from common.versions import Lineages, Version
+from learner.checkpoints import Checkpoints
+from learner.link import LedgerLink
+from learner.megatron.policy import Policy
+from learner.publish import Publisher
+from learner.record import Recorder, Stopwatch
+from learner.step import train_step
+
+
+class Learner:
+    """Takes groups, trains, publishes: design, sections 1 and 3.
+
+    Attributes:
+        version: That the policy holds.
+    """
+
+    def __init__(
+        self, config: Config, run_dir: Path, policy: Policy, ledger: LedgerLink, should_stop: Callable[[], bool]
+    ) -> None:
+        """`should_stop` is asked between steps, and while the learner waits."""
+        self._config = config
+        self._policy = policy
+        self._ledger = ledger
+        self._should_stop = should_stop
+        self._publisher = Publisher(config, run_dir, policy.vocab_size)
+        self._checkpoints = Checkpoints(config, run_dir)
+        self._recorder = Recorder(config, run_dir)
+        self._lineages = Lineages()
+        self._best_accuracy = -1.0
+        self.version = Version(0, 0)
+
+    def train(self) -> None:
+        """Trains until the last step, or until it is asked to stop; either way what is trained is checkpointed.
+
+        Raises:
+            StallError: The run cannot go on; what is trained is checkpointed.
+        """
+        self._begin()
+        try:
+            self._steps()
+        except StallError:
+            self._save()
+            raise
+        self._save()
+        self._end("stopped on request" if self.version.number < self._config.steps else "all steps are done")
+
+    def _steps(self) -> None:
+        watch = Stopwatch()
+        while self.version.number < self._config.steps:
+            with watch("wait"):
+                groups = self._ledger.reserve(self.version, self._config.groups_per_step)
+            if groups is None:
+                return
+            with watch("update"), self._ledger.activity.working():
+                metrics = train_step(self._policy, groups, self._config, self.version, self._lineages)
+            self.version = self._ledger.commit(self.version, groups)
+            with watch("publish"):
+                self._publish()
+            with watch("checkpoint"):
+                self._evaluate_and_save()
+            self._record(groups, metrics, watch)
+
+    def _begin(self) -> None:
+        checkpoint = self._checkpoints.load_newest(self._policy)
+        self.version, self._lineages = self._ledger.begin(checkpoint)
+        logger().info("training_begins", version=str(self.version), steps=self._config.steps)
+        self._publish()
+        if checkpoint is None:
+            self._ledger.evaluate(self.version)
+
+    def _publish(self) -> None:
+        bind(version=str(self.version))
+        manifest = self._publisher.publish(self.version, self._policy.export(), self._policy.sequence_logprobs)
+        self._ledger.publish(manifest)
+
+    def _evaluate_and_save(self) -> None:
+        last = self.version.number == self._config.steps
+        if last or self.version.number % self._config.evaluation.every == 0:
+            self._ledger.evaluate(self.version)
+        if last or self.version.number % self._config.learner.checkpoint_every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        if self.version.number > 0 and not self._checkpoints.has(self.version):
+            path = self._checkpoints.save(self._policy, self.version)
+            self._ledger.checkpointed(self.version)
+            logger().info("checkpoint_saved", path=str(path))
+
+    def _record(self, groups: tuple[wire.TrainingGroup, ...], metrics: dict[str, float], watch: Stopwatch) -> None:
+        status = self._ledger.status(self._recorder.num_evaluations)
+        self._record_evaluations(status)
+        self._ledger.activity.count(num_tokens=int(metrics["num_tokens"]), num_items=1)
+        self._recorder.step(self.version, groups, metrics, watch.lap(), status)
+
+    def _record_evaluations(self, status: wire.StatusReport) -> None:
+        self._recorder.evaluations(status.evaluations)
+        for evaluation in status.evaluations:
+            if evaluation.accuracy >= self._best_accuracy and self._checkpoints.has(evaluation.version):
+                self._best_accuracy = evaluation.accuracy
+                self._checkpoints.mark_best(evaluation.version)
+
+    def _end(self, reason: str) -> None:
+        """The accounts, after the final evaluation where the run is complete; a stopped run can go on later."""
+        if self.version.number == self._config.steps:
+            self._ledger.finish(reason)
+        status = self._ledger.status(self._recorder.num_evaluations)
+        self._record_evaluations(status)
+        checkpoint = self._checkpoints.hugging_face(self.version)
+        self._recorder.end(self.version, reason, status.accounts, checkpoint, status)
+        self._publisher.close()
+        logger().info("training_ends", reason=reason, checkpoint=str(checkpoint))

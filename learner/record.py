@@ -1,0 +1,140 @@
+"""What the learner writes down: a row of metrics a step, evaluations, and samples for people to read."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from common import wire
+from common.config import Config
+from common.metrics import MetricsWriter, read_metrics
+from common.versions import Version
+
+SAMPLES = "samples.jsonl"
+
+
+class Stopwatch:
+    """Seconds of each part of a step, and of the step."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._parts: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Adds the time inside to `part`."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._parts[part] = self._parts.get(part, 0.0) + time.monotonic() - began
+
+    def lap(self) -> dict[str, float]:
+        """Seconds since the last lap, in all (`seconds`) and of each part (`PART_s`)."""
+        now = time.monotonic()
+        row = {"seconds": now - self._since} | {f"{part}_s": s for part, s in self._parts.items()}
+        self._since, self._parts = now, {}
+        return row
+
+
+class Recorder:
+    """Writes metrics.jsonl, TensorBoard events and samples.jsonl. The learner's first rank owns it.
+
+    Attributes:
+        num_evaluations: Evaluations that are written already.
+    """
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self._config = config
+        self.num_evaluations = sum(row["kind"] == "evaluation" for row, _ in read_metrics(run_dir))
+        self._metrics = MetricsWriter(run_dir)
+        self._samples = (run_dir / SAMPLES).open("a", buffering=1)
+        self._tokenizer = Tokenizer.from_file(str(Path(config.model) / "tokenizer.json"))
+
+    def step(
+        self,
+        version: Version,
+        groups: tuple[wire.TrainingGroup, ...],
+        metrics: dict[str, float],
+        times: dict[str, float],
+        status: wire.StatusReport,
+    ) -> None:
+        """Writes the row of the step that made `version`, and one of its groups as a sample."""
+        seconds = times["seconds"]
+        row = {
+            **times,
+            **metrics,
+            "learner_tokens_per_s": metrics["num_tokens"] / seconds,
+            "learner_idle": times["wait_s"] / seconds,
+            **_fleet(status),
+        }
+        self._metrics.write("step", version.number, steps=self._config.steps, lineage=version.lineage, **row)
+        self._sample(version, groups[version.number % len(groups)])
+
+    def evaluations(self, evaluations: tuple[wire.Evaluation, ...]) -> None:
+        """Writes a row for each evaluation."""
+        for evaluation in evaluations:
+            self.num_evaluations += 1
+            self._metrics.write(
+                "evaluation",
+                evaluation.version.number,
+                source=evaluation.source,
+                accuracy=evaluation.accuracy,
+                pass_at_k=evaluation.pass_at_k,
+                num_prompts=evaluation.num_prompts,
+                num_samples=evaluation.num_samples,
+                num_failed=evaluation.num_failed,
+                oldest=str(evaluation.oldest),
+                newest=str(evaluation.newest),
+            )
+
+    def end(self, version: Version, reason: str, accounts: dict[str, int], checkpoint: Path, status: wire.StatusReport) -> None:
+        """Writes the last row and closes the files."""
+        idle = {f"{role}_idle": 1 - share for role, share in status.busy_shares.items()}
+        self._metrics.write(
+            "end",
+            version.number,
+            reason=reason,
+            accounts=accounts,
+            checkpoint=str(checkpoint),
+            overlap_share=status.overlap_share,
+            learner_wait_share=idle.get("learner_idle", float("nan")),
+            **idle,
+        )
+        self._metrics.close()
+        self._samples.close()
+
+    def _sample(self, version: Version, training: wire.TrainingGroup) -> None:
+        group = training.scored.group
+        prompt = self._tokenizer.decode(wire.ints(training.prompt.token_ids).tolist(), skip_special_tokens=False)
+        for completion, grade in zip(group.completions, training.scored.grades, strict=True):
+            row = {
+                "step": version.number,
+                "prompt_id": training.prompt.id,
+                "prompt": prompt,
+                "text": self._tokenizer.decode(wire.ints(completion.token_ids).tolist(), skip_special_tokens=False),
+                "answer": group.answer,
+                "outcome": grade.outcome,
+                "reward": grade.reward,
+                "extracted": grade.extracted,
+                "versions": [[span.end, str(span.version)] for span in completion.spans()],
+            }
+            self._samples.write(json.dumps(row) + "\n")
+
+
+def _fleet(status: wire.StatusReport) -> dict[str, float]:
+    """Throughput and idle share of the other roles, the overlap so far, and the accounts that are still open."""
+    row: dict[str, float] = {"overlap_share": status.overlap_share}
+    for role, unit in ((wire.Role.GENERATOR, "tokens"), (wire.Role.VERIFIER, "completions"), (wire.Role.LEDGER, "")):
+        members = [m for m in status.members if m.role == role]
+        if members:
+            row[f"{role}_idle"] = 1 - float(np.mean([m.busy_share for m in members]))
+        if unit:
+            rates = [m.tokens_per_s if unit == "tokens" else m.items_per_s for m in members]
+            row[f"{role}_{unit}_per_s"] = float(np.sum(rates))
+    states = (wire.VisitState.FILTERED, wire.VisitState.WAITING, wire.VisitState.LEASED, wire.VisitState.SCORED)
+    return row | {state.value: status.accounts.get(state, 0) for state in states}

@@ -1,0 +1,258 @@
+"""Random schedules of everything that can happen to a ledger, over the real SQLite file."""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from common import wire
+from common.config import Config, LearnerConfig, LeaseConfig, LossConfig
+from common.errors import RefusedError
+from common.versions import Version
+from common.wire import LeaseKey, VisitState
+from learner.ledger.evaluations import EvaluationChanges
+from learner.ledger.state import Ledger
+from learner.ledger.store import Store
+
+NUM_PROMPTS = 7
+NOTHING = EvaluationChanges([], [], [])
+ENDED = {"filtered", "rejected", "quarantined", "unused"}
+
+
+def scored_group(key: LeaseKey, versions: tuple[Version, ...], correct: tuple[float | None, ...]) -> wire.ScoredGroup:
+    spans = [wire.VersionSpan(i + 1, version) for i, version in enumerate(versions)]
+    completion = wire.Completion(
+        token_ids=wire.int_bytes([1] * len(versions)),
+        logprobs=wire.float_bytes([-0.5] * len(versions)),
+        versions=wire.span_bytes(spans),
+        finish_reason=wire.FinishReason.STOP,
+        seed=0,
+    )
+    group = wire.Group(
+        key=key, generator="g", prompt_id="p", answer="1", reward="exact", completions=(completion,) * 2, seconds=1.0
+    )
+    grades = tuple(
+        wire.Grade(outcome=wire.Outcome.ERROR, correct=0.0, reward=0.0)
+        if value is None
+        else wire.Grade(outcome=wire.Outcome.WRONG, correct=value, reward=value)
+        for value in correct
+    )
+    return wire.ScoredGroup(group=group, grades=grades, verifier="v")
+
+
+class Schedules(RuleBasedStateMachine):
+    """A ledger that is killed and read back at any moment, beside a plain account of what was trained."""
+
+    @initialize(max_staleness=st.integers(0, 3), filter_uniform=st.booleans(), shuffle=st.booleans())
+    def start(self, max_staleness: int, filter_uniform: bool, shuffle: bool) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.config = Config(
+            group_size=2,
+            groups_per_step=2,
+            updates_per_step=1,
+            max_staleness=max_staleness,
+            lease=LeaseConfig(heartbeat_timeout_s=5, completion_timeout_s=20, max_attempts=5),
+            learner=LearnerConfig(keep_checkpoints=2),
+            loss=LossConfig(filter_uniform=filter_uniform),
+        )
+        self.store = Store(Path(self.directory.name))
+        with self.store.transaction() as sql:
+            sql.execute("INSERT INTO files VALUES (0, 'train', 's', 'p', '', 1.0, ?)", (NUM_PROMPTS,))
+            for row in range(NUM_PROMPTS):
+                rejected = "too long" if row == 3 else ""
+                sql.execute("INSERT INTO prompts VALUES (?, 0, ?, ?, ?, ?)", (row, row, b"", rejected, b""))
+            sql.execute("INSERT INTO meta VALUES ('prepared', x'00')")
+        self.ledger = self.store.ledger(self.config, 0.0)
+        self.now = 0.0
+        self.results: list[wire.ScoredGroup] = []
+        self.leases: list[tuple[LeaseKey, Version]] = []
+        self.committed: list[tuple[Version, tuple[int, ...]]] = []
+        self.checkpoints: list[Version] = []
+        self.sampled: dict[LeaseKey, tuple[Version, ...]] = {}
+        self.call(lambda: self.ledger.begin(None))
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+            self.directory.cleanup()
+
+    def call(self, action: Any) -> Any:
+        """One call, stored as the service stores it."""
+        try:
+            return action()
+        finally:
+            self.store.save(self.ledger.drain(), NOTHING)
+
+    @property
+    def current(self) -> Version:
+        assert self.ledger.track.current is not None
+        return self.ledger.track.current
+
+    def past(self, back: int) -> Version:
+        """A version on the learner's path, `back` updates ago."""
+        version = Version(self.current.lineage, max(0, self.current.number - back))
+        while (
+            branch := self.ledger.track.lineages.branches[version.lineage]
+        ) is not None and version.number < branch.number:
+            version = Version(branch.lineage, version.number)
+        return version
+
+    @rule(room=st.integers(1, 6), back=st.integers(0, 4), name=st.sampled_from("ab"))
+    def grant(self, room: int, back: int, name: str) -> None:
+        version = self.past(back)
+        before = self.ledger.num_admitted
+        visits = self.call(lambda: self.ledger.grant(name, version, room, self.now))
+        assert not visits or self.ledger.num_admitted <= max(before, self.ledger.budget(version))
+        assert self.ledger.track.lineages.staleness(version, self.current) <= self.config.max_staleness or not visits
+        self.leases += [(visit.key, version) for visit in visits]
+
+    @precondition(lambda self: self.leases)
+    @rule(
+        data=st.data(), correct=st.sampled_from([(1.0, 0.0), (1.0, 0.0), (1.0, 1.0), (None, 1.0)]), newer=st.booleans()
+    )
+    def sample(self, data: st.DataObject, correct: tuple[float | None, ...], newer: bool) -> None:
+        key, version = data.draw(st.sampled_from(self.leases))
+        versions = (version, self.current) if newer and version != self.current else (version,)
+        self.results.append(scored_group(key, versions, correct))
+
+    @precondition(lambda self: self.results)
+    @rule(data=st.data())
+    def hand_in(self, data: st.DataObject) -> None:
+        """Any result so far: late, re-sent or out of order."""
+        scored = data.draw(st.sampled_from(self.results))
+        verdict = self.call(lambda: self.ledger.store(scored, wire.encode(scored)))
+        if verdict.status == "stored" and self.state_of(scored.group.key.visit) == "scored":
+            assert scored.group.key not in self.sampled
+            self.sampled[scored.group.key] = tuple(span.version for span in scored.group.completions[0].spans())
+
+    @rule(seconds=st.floats(0, 12), beats=st.booleans())
+    def wait(self, seconds: float, beats: bool) -> None:
+        self.now += seconds
+        if beats:
+            self.call(lambda: [self.ledger.beat(n, tuple(k for k, _ in self.leases), self.now) for n in "ab"])
+        self.call(lambda: self.ledger.expire(self.now))
+
+    @rule(name=st.sampled_from("ab"))
+    def replace(self, name: str) -> None:
+        self.call(lambda: self.ledger.free(name))
+
+    @rule()
+    def reserve(self) -> None:
+        batch = self.call(lambda: self.ledger.reserve(self.current, 2))
+        assert len(batch) in (0, 2)
+        assert [v.number for v in self.call(lambda: self.ledger.reserve(self.current, 2))] == [v.number for v in batch]
+
+    @precondition(lambda self: self.ledger.visits(VisitState.RESERVED))
+    @rule(again=st.booleans())
+    def commit(self, again: bool) -> None:
+        version, visits = self.current, tuple(v.number for v in self.ledger.visits(VisitState.RESERVED))
+        for visit in self.ledger.visits(VisitState.RESERVED):
+            oldest = max(self.ledger.track.lineages.staleness(v, version) for v in self.sampled[visit.key])
+            assert oldest <= self.config.max_staleness
+            assert wire.decode(wire.encode(self.store.payload(visit.number))).group.key == visit.key  # type: ignore[union-attr]
+        self.call(lambda: self.ledger.commit(version, visits))
+        self.committed.append((version, visits))
+        if again:
+            self.crash()
+            self.call(lambda: self.ledger.commit(version, visits))
+        assert self.current == version.next()
+
+    @rule()
+    def checkpoint(self) -> None:
+        self.call(lambda: self.ledger.checkpoint(self.current))
+        self.checkpoints.append(self.current)
+
+    @rule(fallback=st.integers(0, 2))
+    def resume(self, fallback: int) -> None:
+        usable = self.checkpoints[: len(self.checkpoints) - fallback] or [None]
+        try:
+            began = self.call(lambda: self.ledger.begin(usable[-1]))
+        except RefusedError:
+            return
+        number = usable[-1].number if usable[-1] else 0
+        assert began.number == number
+        self.checkpoints = usable if usable != [None] else []
+        lineages = self.ledger.track.lineages
+        self.committed = [
+            (v, n) for v, n in self.committed if lineages.staleness(v.next(), began) == began.number - v.number - 1
+        ]
+
+    @rule()
+    def crash(self) -> None:
+        """The process dies; what was stored is read back."""
+        before = (self.ledger.accounts(), self.ledger.head())
+        self.ledger = self.store.ledger(self.config, self.now)
+        assert (self.ledger.accounts(), self.ledger.head()) == before
+
+    def state_of(self, number: int) -> str:
+        return self.store.rows("SELECT state FROM visits WHERE number = ?", number)[0][0]
+
+    @invariant()
+    def the_states_sum_to_the_visits_handed_out(self) -> None:
+        if hasattr(self, "ledger"):
+            accounts = self.ledger.accounts()
+            assert sum(accounts.values()) == self.ledger.head().num_visits
+            stored = Counter(dict(self.store.rows("SELECT state, COUNT(*) FROM visits GROUP BY state")))
+            assert stored == Counter({state: num for state, num in accounts.items() if num})
+
+    @invariant()
+    def nothing_is_trained_twice_and_all_that_is_trained_was_committed(self) -> None:
+        if hasattr(self, "ledger"):
+            trained = [number for _, visits in self.committed for number in visits]
+            assert len(trained) == len(set(trained))
+            rows = self.store.rows("SELECT number FROM visits WHERE state = 'trained' ORDER BY number")
+            assert [number for (number,) in rows] == sorted(trained)
+
+    @invariant()
+    def payloads_are_there_exactly_where_a_step_may_need_them(self) -> None:
+        if hasattr(self, "ledger"):
+            kept = {number for (number,) in self.store.rows("SELECT visit FROM payloads")}
+            live = {
+                v.number
+                for s in (VisitState.SCORED, VisitState.RESERVED, VisitState.TRAINED)
+                for v in self.ledger.visits(s)
+            }
+            assert kept == live
+
+    @invariant()
+    def what_has_ended_has_a_reason(self) -> None:
+        if hasattr(self, "ledger"):
+            assert not self.store.rows("SELECT 1 FROM visits WHERE reason = ''")
+
+
+TestSchedules = pytest.mark.timeout(300)(Schedules.TestCase)
+TestSchedules.settings = settings(
+    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_every_prompt_is_trained_in_the_end_by_a_fleet_that_dies_now_and_then() -> None:
+    """Simulated time: one prompt in five answers so slowly that it expires; by pinning it is trained all the same."""
+    config = Config(
+        group_size=2, groups_per_step=2, updates_per_step=1, max_staleness=1, loss=LossConfig(filter_uniform=False)
+    )
+    ledger = Ledger(config, lambda n: (n, ""))
+    ledger.begin(None)
+    slow: list[tuple[float, wire.ScoredGroup]] = []
+    trained: list[int] = []
+    for tick in range(2000):
+        assert ledger.track.current is not None
+        for visit in ledger.grant("g", ledger.track.current, 2, float(tick)):
+            seconds = 40 if visit.number % 5 == 0 else 1
+            slow.append((tick + seconds, scored_group(visit.key, (ledger.track.current,), (1.0, 0.0))))
+        ledger.beat("g", tuple(group.group.key for _, group in slow), float(tick))
+        for due, group in list(slow):
+            if due <= tick:
+                ledger.store(group, b"")
+                slow.remove((due, group))
+        if batch := ledger.reserve(ledger.track.current, 2):
+            trained += [visit.number for visit in batch]
+            ledger.commit(ledger.track.current, tuple(visit.number for visit in batch))
+    shares = sum(number % 5 == 0 for number in trained) / len(trained)
+    assert len(trained) > 100
+    assert shares == pytest.approx(0.2, abs=0.05)
