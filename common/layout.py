@@ -62,7 +62,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.toml")))
         raise ConfigError(f"{path}: layout not found, expected one of: {known}") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no TOML, or no text
         raise ConfigError(f"{path}: {error}") from error
 
 
@@ -90,22 +92,32 @@ def _check_keys(values: dict[str, Any], kind: type, where: str, prefix: str) -> 
     for key, value in values.items():
         path = f"{prefix}{key}"
         if key not in hints:
-            every = _all_keys(Config)
-            near = difflib.get_close_matches(path, every, n=1, cutoff=0.0)
-            near = [k for k in every if k.rpartition(".")[2] == key] or near
-            raise ConfigError(f"{where}: unknown key {path!r}, the nearest is {near[0]!r}")
-        if isinstance(value, dict) and _is_struct(hints[key]):
-            _check_keys(value, hints[key], where, f"{path}.")
+            raise ConfigError(f"{where}: unknown key {path!r}, the nearest is {_nearest(path)!r}")
+        inner = _struct_in(hints[key])
+        if inner is None:
+            continue
+        if isinstance(value, dict):
+            _check_keys(value, inner, where, f"{path}.")
         for item in value if isinstance(value, list) else ():
-            element = _element(hints[key])
-            if isinstance(item, dict) and element is not None:
-                _check_keys(item, element, where, f"{path}[].")
+            if isinstance(item, dict):
+                _check_keys(item, inner, where, f"{path}[].")
+
+
+def _nearest(path: str) -> str:
+    """The key with the same last part, else the most similar one; `data.train[].reward` for those of a table in an array."""
+    every = _all_keys(Config)
+    same_name = [key for key in every if key.rpartition(".")[2] == path.rpartition(".")[2]]
+    return difflib.get_close_matches(path, same_name or every, n=1, cutoff=0.0)[0]
 
 
 def _all_keys(kind: type, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, hint in typing.get_type_hints(kind).items():
-        keys += _all_keys(hint, f"{prefix}{name}.") if _is_struct(hint) else [f"{prefix}{name}"]
+        inner = _struct_in(hint)
+        if inner is None or not _is_struct(hint):
+            keys.append(f"{prefix}{name}")
+        if inner is not None:
+            keys += _all_keys(inner, f"{prefix}{name}." if _is_struct(hint) else f"{prefix}{name}[].")
     return keys
 
 
@@ -113,18 +125,28 @@ def _is_struct(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, msgspec.Struct)
 
 
-def _element(hint: Any) -> type | None:
-    """The struct in a hint such as `str | tuple[DataFile, ...]`."""
+def _struct_in(hint: Any) -> type | None:
+    """The struct that a hint is, or has in an array, such as `str | tuple[DataFile, ...]`."""
+    if _is_struct(hint):
+        return hint
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((a for o in options for a in typing.get_args(o) if _is_struct(a)), None)
 
 
 def _explain(error: msgspec.ValidationError, values: dict[str, Any], layout: Path) -> str:
-    """msgspec's message with the key's path, the value that was found, and the file."""
+    """Msgspec's message with the key's path, the value that was found, what was expected, and the file."""
     match = _PATH.match(str(error))
     assert match is not None
     message, path = match[1], (match[2] or "").lstrip(".")
     found: Any = values
+    hint: Any = Config
     for part in re.findall(r"[\w-]+", path):
-        found = found[int(part)] if isinstance(found, list) else found.get(part, {}) if isinstance(found, dict) else found
+        if isinstance(found, list):
+            found = found[int(part)]
+            hint = _struct_in(hint)
+        else:
+            found = found.get(part) if isinstance(found, dict) else found
+            hint = typing.get_type_hints(hint).get(part) if _is_struct(hint) else None
+    if typing.get_origin(hint) is typing.Literal:
+        message = f"expected one of {', '.join(map(str, typing.get_args(hint)))}"
     return f"{layout}: {path}: found {found!r}, {message[:1].lower()}{message[1:].replace('`', '')}"

@@ -34,7 +34,8 @@ def write_hugging_face(
         temporary.mkdir(parents=True)
         size_bytes = _write_shards(tensors, temporary)
         for source in model_dir.iterdir():
-            if source.is_file() and not source.name.endswith(_WEIGHTS) and (whole_model or source.name == "config.json"):
+            is_wanted = source.is_file() and not source.name.endswith(_WEIGHTS)
+            if is_wanted and (whole_model or source.name == "config.json"):
                 shutil.copyfile(source, temporary / source.name)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)

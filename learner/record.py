@@ -92,7 +92,9 @@ class Recorder:
                 newest=str(evaluation.newest),
             )
 
-    def end(self, version: Version, reason: str, accounts: dict[str, int], checkpoint: Path, status: wire.StatusReport) -> None:
+    def end(
+        self, version: Version, reason: str, accounts: dict[str, int], checkpoint: Path, status: wire.StatusReport
+    ) -> None:
         """Writes the last row and closes the files."""
         idle = {f"{role}_idle": 1 - share for role, share in status.busy_shares.items()}
         self._metrics.write(

@@ -104,10 +104,10 @@ class Ledger:
     def grant(self, name: str, version: Version, room: int, now: float) -> list[Visit]:
         """Leases up to `room` visits to a generator whose engine holds `version`: those that came back first."""
         granted: list[Visit] = []
-        budget = self.budget(version)
-        while len(granted) < room and self.num_admitted < budget:
-            waiting = self._book.visits(VisitState.WAITING)
-            visit = min(waiting, key=lambda v: (not v.pinned, v.number)) if waiting else self._next()
+        num_free = min(room, self.budget(version) - self.num_admitted)
+        waiting = iter(sorted(self.visits(VisitState.WAITING), key=lambda v: not v.pinned) if num_free > 0 else ())
+        while len(granted) < num_free:
+            visit = next(waiting, None) or self._next()
             visit.lease(name, version, now)
             self._book.move(visit, VisitState.LEASED, f"granted to {name} at {version}")
             granted.append(visit)
@@ -174,16 +174,16 @@ class Ledger:
         Raises:
             RefusedError: The checkpoint is not of this run's path, or what followed it is no longer kept.
         """
+        if checkpoint is None and not self.track.num_commits:
+            self.track.current = version = START
+        else:
+            version = self._resume(checkpoint or START)
         for visit in self.visits(VisitState.RESERVED):
             self._book.move(visit, VisitState.SCORED, f"the step from {visit.step} did not end")
             visit.step = None
-        if checkpoint is None and not self.track.num_commits:
-            self.track.current = START
-        else:
-            self._resume(checkpoint or START)
         self.closing = ""
         self._expire_outdated()
-        return self.track.current
+        return version
 
     def reserve(self, version: Version, num_groups: int) -> list[Visit]:
         """The batch of the step from `version`, most stale first; empty while it is not whole. Idempotent by version.
@@ -199,7 +199,6 @@ class Ledger:
             raise RefusedError(f"found {num_groups} groups, expected groups_per_step = {self._config.groups_per_step}")
         if self._book.count(VisitState.RESERVED):
             return self._most_stale_first(VisitState.RESERVED)
-        self._expire_outdated()
         if self.awaited_pins() or self._book.count(VisitState.SCORED) < num_groups:
             return []
         batch = self._most_stale_first(VisitState.SCORED)[:num_groups]
@@ -313,6 +312,7 @@ class Ledger:
                 self._expire(visit)
 
     def _resume(self, checkpoint: Version) -> Version:
+        self.track.check_resume(checkpoint)
         for visit in self.visits(VisitState.TRAINED):
             if not self._is_contained(visit, checkpoint):
                 self._book.move(visit, VisitState.SCORED, f"the learner resumed from {checkpoint}")

@@ -1,0 +1,1 @@
+"""The generator: one SGLang engine that turns leases into groups of completions."""

@@ -1,0 +1,221 @@
+"""The SGLang engine, in this process's event loop: the only module that knows sglang."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common import wire
+from common.config import Config
+from common.errors import ModelError, SluiceError
+from common.log import logger
+from common.versions import Version
+from common.wire import Completion, FinishReason, VersionSpan
+
+_UNLOADED = "0.0"
+
+
+class EngineError(SluiceError):
+    """The engine failed to do what it was asked."""
+
+
+class Engine:
+    """An engine that samples by token ids and takes new weights while it samples.
+
+    Attributes:
+        version: Of the weights that it holds; None until the first are loaded.
+        eos_token_ids: Tokens that end a response by the model's own configuration.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Starts the engine's processes and waits until they are ready; needs the running event loop's main thread.
+
+        Raises:
+            ModelError: SGLang cannot load the model.
+        """
+        self.version: Version | None = None
+        self._config = config
+        self._needs_text = bool(config.sampling.stop or config.evaluation.sampling.stop)
+        self.eos_token_ids = _eos_token_ids(Path(config.model))
+        on_cpu = _prepare_environment()
+        import sglang
+
+        try:
+            self._engine: Any = sglang.Engine(**_server_arguments(config, on_cpu, needs_text=self._needs_text))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ModelError(f"{config.model}: SGLang cannot load it: {error}") from error
+        self._manager = self._engine.tokenizer_manager
+        with _own_signal_handlers():
+            self._manager.auto_create_handle_loop()
+
+    async def generate(
+        self, token_ids: NDArray[np.int32], sampling: wire.Sampling, *, seed: int, request_id: str
+    ) -> Completion:
+        """One completion of a prompt, sampled with `seed` under whatever versions the engine holds meanwhile.
+
+        Raises:
+            EngineError: The engine refuses the request.
+        """
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        request = GenerateReqInput(
+            rid=request_id,
+            input_ids=token_ids.tolist(),
+            sampling_params=self._sampling_params(sampling, seed),
+            return_logprob=True,
+            logprob_start_len=-1,
+            extra_key=str(self.version),  # the prefix cache of other weights is not ours
+        )
+        return _completion(await self._ask(request), seed)
+
+    async def logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The logprob of each token after the first, at temperature 1; past the prefix cache.
+
+        Raises:
+            EngineError: The engine refuses the request.
+        """
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        request = GenerateReqInput(
+            rid=f"probe-{os.urandom(6).hex()}",
+            input_ids=token_ids.tolist(),
+            sampling_params={"max_new_tokens": 1, "temperature": 0.0, "skip_special_tokens": False},
+            return_logprob=True,
+            logprob_start_len=0,
+            extra_key=f"probe-{os.urandom(6).hex()}",
+        )
+        answer = await self._ask(request)
+        return np.array([logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]], dtype=np.float32)
+
+    def abort(self, request_id: str) -> None:
+        """Stops a request; its `generate` returns what there is, with finish reason `abort`."""
+        self._manager.abort_request(rid=request_id)
+
+    async def load(self, manifest: wire.Manifest) -> None:
+        """Swaps the weights in place: requests in flight pause, and go on under the new version.
+
+        Raises:
+            EngineError: The engine could not load them; what it holds now is unknown.
+        """
+        from sglang.srt.managers.io_struct import (
+            ContinueGenerationReqInput,
+            PauseGenerationReqInput,
+            UpdateWeightFromDiskReqInput,
+        )
+
+        await self._manager.pause_generation(PauseGenerationReqInput(mode="in_place"))
+        try:
+            request = UpdateWeightFromDiskReqInput(
+                model_path=manifest.path, weight_version=str(manifest.version), flush_cache=False
+            )
+            success, message, _ = await self._manager.update_weights_from_disk(request)
+        finally:
+            await self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+        if not success:
+            raise EngineError(f"{manifest.path}: SGLang could not load version {manifest.version}: {message}")
+        self.version = manifest.version
+
+    def shutdown(self) -> None:
+        """Ends the engine's processes."""
+        self._engine.shutdown()
+
+    async def _ask(self, request: Any) -> dict[str, Any]:
+        try:
+            async for answer in self._manager.generate_request(request):
+                return answer
+        except ValueError as error:
+            raise EngineError(f"SGLang refused {request.rid}: {error}") from error
+        raise EngineError(f"SGLang gave no answer to {request.rid}")
+
+    def _sampling_params(self, sampling: wire.Sampling, seed: int) -> dict[str, Any]:
+        params: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "max_new_tokens": sampling.max_tokens,
+            "stop_token_ids": [*self.eos_token_ids, *sampling.stop_token_ids],
+            "sampling_seed": seed,
+            "skip_special_tokens": False,
+        }
+        return params | ({"stop": list(sampling.stop)} if sampling.stop else {})
+
+
+def _completion(answer: dict[str, Any], seed: int) -> Completion:
+    meta = answer["meta_info"]
+    token_ids = answer["output_ids"]
+    logprobs = [logprob for logprob, *_ in meta["output_token_logprobs"]][: len(token_ids)]
+    spans = [VersionSpan(span["end"], Version.parse(span["version"])) for span in meta["weight_versions"]]
+    return Completion(
+        token_ids=wire.int_bytes(token_ids),
+        logprobs=np.minimum(np.asarray(logprobs, dtype="<f4"), 0.0).tobytes(),
+        versions=wire.span_bytes([span for span in spans if span.end > 0]),
+        finish_reason=FinishReason((meta["finish_reason"] or {"type": "abort"})["type"]),
+        seed=seed,
+    )
+
+
+def _prepare_environment() -> bool:
+    """Sets what SGLang's processes inherit; returns whether there is no CUDA."""
+    import torch
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if torch.cuda.is_available():
+        return False
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    return True
+
+
+def _server_arguments(config: Config, on_cpu: bool, *, needs_text: bool) -> dict[str, Any]:
+    generator = config.generator
+    arguments: dict[str, Any] = {
+        "model_path": config.model,
+        "dtype": generator.dtype,
+        "max_running_requests": generator.max_running_requests,
+        "max_total_tokens": generator.max_total_tokens,
+        "random_seed": config.seed,
+        "weight_version": _UNLOADED,
+        "skip_tokenizer_init": not needs_text,
+        "log_level": "warning",
+        "host": "127.0.0.1",
+    }
+    if on_cpu:
+        arguments |= {
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            "sampling_backend": "pytorch",
+            "mem_fraction_static": 0.3,
+            "disable_overlap_schedule": True,
+        }
+    return arguments
+
+
+def _eos_token_ids(model: Path) -> tuple[int, ...]:
+    """End-of-sequence tokens of generation_config.json and config.json."""
+    import json
+
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        if (model / name).exists():
+            value = json.loads((model / name).read_text()).get("eos_token_id")
+            found += value if isinstance(value, list) else [value] if isinstance(value, int) else []
+    return tuple(dict.fromkeys(found))
+
+
+@contextmanager
+def _own_signal_handlers() -> Generator[None]:
+    """Keeps this process's way to stop: SGLang's tokenizer manager would put its own SIGTERM handler in its place."""
+    loop = asyncio.get_running_loop()
+    handlers: dict[int, Any] = dict(getattr(loop, "_signal_handlers", {}))
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if (handle := handlers.get(number)) is not None:
+                loop.add_signal_handler(number, handle._callback, *handle._args)
+        logger().info("engine_started")

@@ -1,0 +1,1 @@
+"""The launcher: it checks, starts, watches and stops the processes of a run."""

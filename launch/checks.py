@@ -1,0 +1,149 @@
+"""What can be known to fail before anything starts: the model directory, files, memory-backed space, the port."""
+
+import json
+import math
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.architectures import ARCHITECTURES
+from common.config import Config, DataFile
+from common.errors import DataError, ModelError, RunDirectoryError
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def resolve_paths(config: Config, base: Path) -> Config:
+    """The configuration with absolute paths: relative ones are meant from where the user stands, `base`."""
+
+    def resolve(path: str) -> str:
+        return str((base / Path(path).expanduser()).absolute()) if path else path
+
+    def files(value: str | tuple[DataFile, ...]) -> str | tuple[DataFile, ...]:
+        if isinstance(value, str):
+            return resolve(value)
+        return tuple(msgspec.structs.replace(file, path=resolve(file.path)) for file in value)
+
+    replace = msgspec.structs.replace
+    return replace(
+        config,
+        model=resolve(config.model),
+        run=replace(config.run, dir=resolve(config.run.dir)),
+        data=replace(config.data, train=files(config.data.train), test=files(config.data.test)),
+        weights=replace(config.weights, dir=resolve(config.weights.dir)),
+    )
+
+
+def check_inputs(config: Config) -> None:
+    """Checks all that the run reads and needs, and that costs nothing to look at.
+
+    Raises:
+        UsageError: Something is missing, broken, too small or taken.
+    """
+    for key, files in (("data.train", config.data.train_files), ("data.test", config.data.test_files)):
+        for file in files:
+            if not Path(file.path).is_file():
+                raise DataError(f"{key}: {file.path}: not found, expected a file of prompts")
+    num_parameters = count_parameters(Path(config.model)) if config.model else 0
+    check_space(config, num_parameters)
+    check_port(config.run.host, config.run.ledger_port)
+
+
+def count_parameters(model: Path) -> int:
+    """The number of parameters of a checkpoint, from the heads of its weight files.
+
+    Raises:
+        ModelError: The directory is missing, broken, or of an architecture that is not supported.
+    """
+    if not model.is_dir():
+        raise ModelError(f"model: {model}: not found, expected the directory of a Hugging Face checkpoint")
+    config = _read_object(model / "config.json", "the model's configuration")
+    found = (config.get("architectures") or [None])[0]
+    if found not in ARCHITECTURES:
+        raise ModelError(
+            f"{model / 'config.json'}: found architecture {found}, expected one of {', '.join(ARCHITECTURES)}"
+        )
+    _read_object(model / "tokenizer.json", "the model's fast tokenizer")
+    return sum(_parameters_of(path) for path in _weight_files(model))
+
+
+def check_space(config: Config, num_parameters: int) -> None:
+    """Checks that `weights.dir` holds the published versions, and one in the making.
+
+    Raises:
+        RunDirectoryError: It is missing or too small.
+    """
+    directory = Path(config.weights.dir)
+    if not directory.is_dir():
+        raise RunDirectoryError(f"weights.dir: {directory}: not found, expected a memory-backed directory")
+    needed = (config.weights.keep + 1) * num_parameters * _ITEM_BYTES[config.learner.dtype]
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise RunDirectoryError(
+            f"weights.dir: {directory}: found {_gib(free)} free, expected {_gib(needed)}: room for weights.keep + 1 = "
+            f"{config.weights.keep + 1} versions"
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    """Checks that the ledger can listen.
+
+    Raises:
+        RunDirectoryError: The address is not this machine's, or the port is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            key, expected = ("run.ledger_port", "a free port") if port else ("run.host", "an address of this machine")
+            raise RunDirectoryError(f"{key}: found {host}:{port} ({error.strerror}), expected {expected}") from error
+
+
+def _weight_files(model: Path) -> list[Path]:
+    index = model / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(model.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{model}: found no weights, expected model.safetensors or an index of several files")
+        return files
+    files = [model / name for name in sorted(set(_read_object(index, "").get("weight_map", {}).values()))]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None or not files:
+        raise ModelError(f"{missing or index}: found no weights, expected the files that {index.name} names")
+    return files
+
+
+def _parameters_of(path: Path) -> int:
+    """Of one safetensors file: eight bytes of length, a head in JSON, the data."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            head: dict[str, Any] = json.loads(file.read(length)) if 8 + length <= size_bytes else {}
+            tensors = [tensor for name, tensor in head.items() if name != "__metadata__"]
+            expected = 8 + length + max(tensor["data_offsets"][1] for tensor in tensors)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise ModelError(f"{path}: found no head of weights, expected a safetensors file") from error
+    if size_bytes != expected:
+        raise ModelError(f"{path}: found {size_bytes:,} bytes, expected {expected:,}: the file is cut or damaged")
+    return sum(math.prod(tensor["shape"]) for tensor in tensors)
+
+
+def _read_object(path: Path, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path}: not found, expected {what}") from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: found a {type(value).__name__}, expected an object")
+    return value
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 30):.2f} GiB"

@@ -1,0 +1,66 @@
+"""The dry run's text: a layout in TOML that comes to the same configuration, with the plan in its comments."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.config import Config
+from launch.plan import REPOSITORY, derived_numbers, plan_processes
+
+
+def describe(config: Config, run_dir: Path) -> str:
+    """The resolved configuration, the processes and the numbers."""
+    numbers = [f"#   {name}: {number:,}" for name, number in derived_numbers(config).items()]
+    processes = [f"#   {p.name}: {_shown(p.command)}" for p in plan_processes(config, run_dir)]
+    return "\n".join(
+        [
+            f"# run directory: {run_dir}",
+            "# processes, in the order in which they start:",
+            *processes,
+            "# numbers:",
+            *numbers,
+            "",
+            to_toml(config),
+        ]
+    )
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as a layout."""
+    values: dict[str, Any] = msgspec.to_builtins(config)
+    return "\n".join(_table(values, ""))
+
+
+def _table(values: dict[str, Any], path: str) -> list[str]:
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    lines = [f"{_key(name)} = {_value(value)}" for name, value in values.items() if name not in tables]
+    for name, table in tables.items():
+        inner = f"{path}.{_key(name)}".lstrip(".")
+        lines += ["", f"[{inner}]", *_table(table, inner)]
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_key(name)} = {_value(v)}' for name, v in value.items())}}}"
+    return repr(value)
+
+
+def _key(name: str) -> str:
+    return name if name.replace("_", "").replace("-", "").isalnum() and name.isascii() else json.dumps(name)
+
+
+def _shown(command: tuple[str, ...]) -> str:
+    """A command line for people: with `python` for this interpreter, and paths from the repository."""
+    words = ["python" if word == sys.executable else word.removeprefix(f"{REPOSITORY}/") for word in command]
+    return shlex.join(words).replace("'", "")

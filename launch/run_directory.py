@@ -1,0 +1,110 @@
+"""The run directory: claimed by one launcher, for one run."""
+
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Self, TextIO
+
+from common.config import Config
+from common.errors import RunDirectoryError
+from launch.plan import REPOSITORY
+
+LOCK = "launcher.lock"
+
+
+class RunDirectory:
+    """A directory that this launcher holds the lock of; other launchers are refused as long as it lives.
+
+    Attributes:
+        path: Absolute.
+    """
+
+    def __init__(self, path: Path, lock: TextIO, *, is_new: bool) -> None:
+        self.path = path
+        self._lock = lock
+        self._is_new = is_new
+
+    @classmethod
+    def claim(cls, path: Path) -> Self:
+        """Makes the directory, or takes an empty one.
+
+        Raises:
+            RunDirectoryError: It is in use, holds something already, or cannot be written.
+        """
+        is_new = not path.exists()
+        check_unused(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = (path / LOCK).open("w")
+        except OSError as error:
+            raise RunDirectoryError(f"run.dir: {path}: cannot be written: {error.strerror}") from error
+        if not _try_lock(lock):
+            lock.close()
+            raise _in_use(path)
+        return cls(path, lock, is_new=is_new)
+
+    def discard(self) -> None:
+        """Empties the directory, and removes it where this launcher made it: nothing half-made is left."""
+        for entry in self.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        if self._is_new:
+            self.path.rmdir()
+        self._lock.close()
+
+    def release(self) -> None:
+        """Gives up the lock; the run has ended."""
+        self._lock.close()
+
+
+def run_path(config: Config) -> Path:
+    """`run.dir`, or `runs/NAME` in the repository.
+
+    Raises:
+        RunDirectoryError: The name is no name of a directory.
+    """
+    if config.run.dir:
+        return Path(config.run.dir)
+    name = time.strftime(config.run.name)
+    if not name or name in (".", "..") or "/" in name:
+        raise RunDirectoryError(f"run.name: found {name!r}, expected the name of a directory in runs/")
+    return REPOSITORY / "runs" / name
+
+
+def check_unused(path: Path) -> None:
+    """Checks that a run may begin in `path`, and leaves no trace there.
+
+    Raises:
+        RunDirectoryError: It is in use, holds something already, or cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"run.dir: {path}: found a file, expected a new or empty directory")
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"run.dir: {path}: {existing} cannot be written, expected a directory that can")
+    if existing != path or not any(path.iterdir()):
+        return
+    if (path / LOCK).exists():
+        with (path / LOCK).open("r") as lock:
+            if not _try_lock(lock):
+                raise _in_use(path)
+        raise RunDirectoryError(f"run.dir: {path}: found a run that has ended, expected a new or empty directory")
+    raise RunDirectoryError(f"run.dir: {path}: found other files, expected a new or empty directory")
+
+
+def published_weights(config: Config, public_key: str) -> Path:
+    """Where the learner publishes weights (learner/publish.py says the same): to be gone when the run is over."""
+    return Path(config.weights.dir) / f"sluice-{''.join(c for c in public_key if c.isalnum())[:8]}"
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _in_use(path: Path) -> RunDirectoryError:
+    return RunDirectoryError(f"run.dir: {path}: found a run at work there, expected a new or empty directory")

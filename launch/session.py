@@ -1,0 +1,111 @@
+"""One run from its checks to its report."""
+
+import asyncio
+import shutil
+import signal
+import sys
+from types import FrameType
+
+from rich.console import Console
+
+from common.config import Config
+from common.layout import write_resolved
+from common.log import logger, start_logging
+from common.transport import RunKeys
+from launch.builtin import build_once, tiny_directory, with_tiny_task
+from launch.checks import check_inputs
+from launch.display import Display
+from launch.plan import plan_processes, prepare_command
+from launch.processes import ProcessError, Supervisor, run_foreground
+from launch.progress import Progress
+from launch.report import write_report
+from launch.run_directory import RunDirectory, check_unused, published_weights, run_path
+
+
+def run(config: Config) -> int:
+    """Runs what is configured; returns the exit code.
+
+    Raises:
+        SluiceError: It could not start, or a process failed for good.
+    """
+    signal.signal(signal.SIGTERM, _leave)
+    display = Display(Console(highlight=False))
+    path = run_path(config)
+    check_unused(path)
+    check_inputs(config)
+    if not config.model:
+        tiny = tiny_directory(config.seed)
+        build_once(tiny, config.seed, display.notice)
+        config = with_tiny_task(config, tiny)
+        check_inputs(config)
+    directory = RunDirectory.claim(path)
+    public_key = _prepare(config, directory, display)
+    try:
+        return asyncio.run(_supervise(config, directory, display))
+    finally:
+        shutil.rmtree(published_weights(config, public_key), ignore_errors=True)
+        if text := write_report(directory.path):
+            display.notice(text)
+        directory.release()
+
+
+def _prepare(config: Config, directory: RunDirectory, display: Display) -> str:
+    """Fills the run directory, or leaves nothing of it; returns the run's public key.
+
+    Raises:
+        ProcessError: A prompt, or what belongs to it, is wrong.
+    """
+    try:
+        write_resolved(config, directory.path)
+        keys = RunKeys.create(directory.path)
+        display.notice(f"run directory: {directory.path}")
+        display.notice(run_foreground(prepare_command(directory.path)))
+    except BaseException:
+        directory.discard()
+        raise
+    return keys.public
+
+
+async def _supervise(config: Config, directory: RunDirectory, display: Display) -> int:
+    """Watches the processes until the run is over; the first signal stops it in order, the second at once.
+
+    Raises:
+        ProcessError: A process failed for good.
+    """
+    start_logging("launcher", directory.path)
+    supervisor = Supervisor(
+        plan_processes(config, directory.path),
+        directory.path,
+        max_restarts=config.run.max_restarts,
+        stop_timeout_s=config.run.stop_timeout_s,
+        notice=display.notice,
+    )
+    stop = asyncio.Event()
+    received: list[signal.Signals] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        received.append(number)
+        logger().info("signal", name=number.name)
+        if len(received) > 1:
+            supervisor.kill()
+            return
+        display.notice("stopping: the learner saves a checkpoint first; once more kills everything at once")
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    following = asyncio.create_task(display.follow(Progress(directory.path, config.steps)))
+    try:
+        await supervisor.run(stop)
+    except ProcessError:
+        if not received:
+            raise
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+    return 128 + received[0] if received else 0
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    """SIGTERM before the processes are started: everything is undone on the way out."""
+    sys.exit(128 + number)

@@ -1,0 +1,157 @@
+"""A step's groups as packed micro-batches."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from common import wire
+from common.config import Config
+from common.versions import Lineages, Version
+from learner.advantage import group_advantages
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt with one completion, ready to be packed.
+
+    Attributes:
+        prompt: Token ids, int32, shape [p].
+        response: Token ids, int32, shape [r], r >= 1.
+        generator_logprobs: float32, shape [r].
+        advantage: Of the completion in its group.
+        staleness: Of the completion.
+    """
+
+    prompt: np.ndarray
+    response: np.ndarray
+    generator_logprobs: np.ndarray
+    advantage: float
+    staleness: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response."""
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences packed head to tail: what one forward pass sees.
+
+    Attributes:
+        token_ids: Int[T].
+        position_ids: Int[T], from 0 in each sequence.
+        sequence_starts: Int[S+1], int32: where each sequence begins, and T.
+        response_mask: Bool[T], the sampled tokens.
+        sequence_of_token: Int[T].
+        generator_logprobs: Float[T], NaN outside the response.
+        advantages: Float[S].
+        staleness: Int[S].
+        loss_mask: Bool[S], which completions the loss counts.
+    """
+
+    token_ids: Int[Tensor, " tokens"]
+    position_ids: Int[Tensor, " tokens"]
+    sequence_starts: Int[Tensor, " sequences_and_end"]
+    response_mask: Bool[Tensor, " tokens"]
+    sequence_of_token: Int[Tensor, " tokens"]
+    generator_logprobs: Float[Tensor, " tokens"]
+    advantages: Float[Tensor, " sequences"]
+    staleness: Int[Tensor, " sequences"]
+    loss_mask: Bool[Tensor, " sequences"]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.token_ids)
+
+
+def group_sequences(
+    training: wire.TrainingGroup, config: Config, current: Version, lineages: Lineages, shuffled: np.random.Generator
+) -> list[Sequence]:
+    """The completions of a group that the loss counts: graded, and not masked for their length.
+
+    Args:
+        training: The scored group with its prompt.
+        config: Of the run.
+        current: The learner's version.
+        lineages: To tell staleness.
+        shuffled: Permutes the rewards where `loss.shuffle_rewards` is set.
+    """
+    scored = training.scored
+    graded = torch.tensor([grade.outcome.graded for grade in scored.grades])
+    rewards = torch.tensor([grade.reward for grade in scored.grades], dtype=torch.float64)
+    if config.loss.shuffle_rewards:
+        known = graded.nonzero().flatten().numpy()
+        rewards[known] = rewards[shuffled.permutation(known)]
+    advantages = group_advantages(rewards, graded)
+    prompt = wire.ints(training.prompt.token_ids)
+    return [
+        Sequence(
+            prompt=prompt,
+            response=wire.ints(completion.token_ids),
+            generator_logprobs=wire.floats(completion.logprobs),
+            advantage=float(advantages[i]),
+            staleness=completion_staleness(completion, current, lineages),
+        )
+        for i, completion in enumerate(scored.group.completions)
+        if graded[i] and not is_masked(completion, config)
+    ]
+
+
+def completion_staleness(completion: wire.Completion, current: Version, lineages: Lineages) -> int:
+    """Updates between a completion's oldest token and the learner."""
+    return max(lineages.staleness(span.version, current) for span in completion.spans())
+
+
+def is_masked(completion: wire.Completion, config: Config) -> bool:
+    """Whether a graded completion is kept out of the loss: cut by the length limit, where so configured."""
+    return config.loss.truncated == "mask" and completion.finish_reason is wire.FinishReason.LENGTH
+
+
+def pack(sequences: list[Sequence], max_tokens: int) -> list[MicroBatch]:
+    """Micro-batches of at most `max_tokens`, filled longest first; the same for the same sequences.
+
+    Sequences of one length stand side by side, so that attention can take them together.
+
+    Raises:
+        ValueError: A sequence is longer than `max_tokens`.
+    """
+    bins: list[list[Sequence]] = []
+    room: list[int] = []
+    for sequence in sorted(sequences, key=lambda s: -s.num_tokens):
+        if sequence.num_tokens > max_tokens:
+            raise ValueError(
+                f"found a sequence of {sequence.num_tokens} tokens, expected at most "
+                f"learner.max_tokens_per_microbatch = {max_tokens}"
+            )
+        place = next((i for i, left in enumerate(room) if left >= sequence.num_tokens), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(max_tokens)
+        bins[place].append(sequence)
+        room[place] -= sequence.num_tokens
+    return [_micro_batch(packed) for packed in bins]
+
+
+def _micro_batch(packed: list[Sequence]) -> MicroBatch:
+    lengths = np.array([s.num_tokens for s in packed])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    owner = np.repeat(np.arange(len(packed)), lengths)
+    positions = np.arange(starts[-1]) - starts[owner]
+    prompt_lengths = np.array([len(s.prompt) for s in packed])
+    logprobs = [np.concatenate([np.full(len(s.prompt), np.nan, np.float32), s.generator_logprobs]) for s in packed]
+    return MicroBatch(
+        token_ids=torch.from_numpy(np.concatenate([part for s in packed for part in (s.prompt, s.response)])).long(),
+        position_ids=torch.from_numpy(positions).long(),
+        sequence_starts=torch.from_numpy(starts).int(),
+        response_mask=torch.from_numpy(positions >= prompt_lengths[owner]),
+        sequence_of_token=torch.from_numpy(owner).long(),
+        generator_logprobs=torch.from_numpy(np.concatenate(logprobs)),
+        advantages=torch.tensor([s.advantage for s in packed], dtype=torch.float64),
+        staleness=torch.tensor([s.staleness for s in packed]),
+        loss_mask=torch.ones(len(packed), dtype=torch.bool),
+    )

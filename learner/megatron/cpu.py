@@ -1,0 +1,270 @@
+"""Megatron-core without a GPU: what its sources need, applied as they are imported.
+
+Megatron-core speaks of `torch.cuda` in some hundred places. Patching torch itself would reach other libraries, so an
+import hook rewrites the sources of `megatron.core` alone, in memory and with their line numbers:
+
+    torch.cuda.X                  -> a stand-in namespace's X (a few no-ops; the rest is torch.cuda's own)
+    tensor.cuda(...)              -> tensor.cpu()
+    tensor.is_cuda                -> tensor.is_cpu
+    "cuda"                        -> "cpu"
+    "torch.cuda.FloatTensor"      -> "torch.FloatTensor"
+    pin_memory=True               -> pin_memory=False
+    barrier(device_ids=...)       -> barrier()
+
+and a few modules are mended after they ran (`_MENDS`). Loaded only where there is no CUDA.
+"""
+
+import ast
+import contextlib
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+_PACKAGE = "megatron.core"
+_NAMESPACE = "__compute_device__"
+
+
+def install() -> None:
+    """Puts the import hook in place; once is enough, and a second call does nothing."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    assert _PACKAGE not in sys.modules, f"{_PACKAGE} was imported before the hook that rewrites it"
+    sys.meta_path.insert(0, _Finder())
+    _declare_torchvision_operators()
+
+
+def _declare_torchvision_operators() -> None:
+    """Lets a CUDA build of torchvision be imported beside a CPU build of torch: transformers imports it with models."""
+    if torch.version.cuda is not None or "torchvision" in sys.modules or hasattr(torch.ops.torchvision, "nms"):
+        return
+    if importlib.util.find_spec("torchvision") is None or "+cpu" in importlib.metadata.version("torchvision"):
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # a library that is collected takes its operators along
+
+
+class _Stream:
+    """A stream or an event: there is one queue, and it is always done."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _nothing
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Stream") -> float:
+        del end
+        return 0.0
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Does nothing."""
+
+
+def _no_context(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def _zero(*_: Any, **__: Any) -> int:
+    return 0
+
+
+class _Namespace(ModuleType):
+    """Stands for `torch.cuda` inside Megatron-core."""
+
+    def __init__(self) -> None:
+        super().__init__(_NAMESPACE)
+        stream = _Stream()
+        memory = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+        nothing = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats")
+        get_state, set_state = _get_rng_state, _set_rng_state
+        self.__dict__.update(
+            dict.fromkeys(memory, _zero)
+            | dict.fromkeys(nothing, _nothing)
+            | {
+                "current_device": lambda: torch.device("cpu"),
+                "device_count": lambda: 1,
+                "manual_seed": torch.manual_seed,
+                "get_rng_state": get_state,
+                "set_rng_state": set_state,
+                "random": SimpleNamespace(get_rng_state=get_state, set_rng_state=set_state),
+                "Stream": _Stream,
+                "Event": _Stream,
+                "current_stream": lambda *_: stream,
+                "default_stream": lambda *_: stream,
+                "stream": _no_context,
+                "nvtx": SimpleNamespace(range_push=_nothing, range_pop=_nothing, mark=_nothing, range=_no_context),
+            }
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Rewrites one source as the module's docstring says; f-strings, which are messages, stay."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:  # noqa: N802
+        self.generic_visit(node)
+        if isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr == "cuda":
+            return ast.copy_location(ast.Name(_NAMESPACE, node.ctx), node)
+        if node.attr == "is_cuda" and isinstance(node.ctx, ast.Load):
+            node.attr = "is_cpu"
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:  # noqa: N802
+        method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        if method == "barrier":
+            node.keywords = [k for k in node.keywords if k.arg != "device_ids"]
+        for keyword in node.keywords:
+            if keyword.arg == "pin_memory" and isinstance(keyword.value, ast.Constant):
+                keyword.value = ast.copy_location(ast.Constant(value=False), keyword.value)
+        self.generic_visit(node)
+        if method == "cuda" and isinstance(node.func, ast.Attribute):
+            node.func.attr, node.args, node.keywords = "cpu", [], []
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:  # noqa: N802
+        value = node.value
+        if value == "cuda":
+            return ast.copy_location(ast.Constant("cpu"), node)
+        if isinstance(value, str) and value.startswith("torch.cuda.") and value.endswith("Tensor"):
+            return ast.copy_location(ast.Constant(value.replace("cuda.", "")), node)
+        return node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:  # noqa: N802
+        return node
+
+
+class _Loader(SourceFileLoader):
+    """Compiles the rewritten source; never reads or writes the byte code that other processes share."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        tree = _Rewriter().visit(ast.parse(self.get_data(path), path))
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__[_NAMESPACE] = _DEVICE
+        super().exec_module(module)
+        mend = _MENDS.get(module.__name__)
+        if mend is not None:
+            mend(module)
+
+
+class _Finder(MetaPathFinder):
+    """Finds what is below `megatron.core`, and gives it the rewriting loader."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _PACKAGE and not fullname.startswith(f"{_PACKAGE}."):
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW in the form of TransformerEngine's: the step counter is the group's, the state two float32 moments.
+
+    Megatron-core's distributed optimizer can save and load its state only in this form.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        assert adam_w_mode, "only decoupled weight decay"
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all groups."""
+        assert closure is None
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = int(group.get("step") or 0) + 1
+            self._step_group(group, [p for p in group["params"] if p.grad is not None])
+
+    def _step_group(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        correction1 = 1 - beta1 ** group["step"]
+        correction2 = 1 - beta2 ** group["step"]
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
+            assert param.grad is not None
+            state["exp_avg"].lerp_(param.grad, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
+            root = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
+            param.mul_(1 - group["lr"] * group["weight_decay"])
+            param.addcdiv_(state["exp_avg"], root, value=-group["lr"] / correction1)
+
+
+def _use_fused_adam(module: Any) -> None:
+    if module.USING_PYTORCH_OPTIMIZER:
+        module.Adam, module.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+
+
+def _expect_fused_adam(module: Any) -> None:
+    if not module.HAVE_APEX_OR_TE:
+        module.Adam, module.HAVE_APEX_OR_TE, module.USING_TE_OPTIMIZER = FusedAdam, True, True
+
+
+def _use_cpu_generator(module: Any) -> None:
+    module._get_cuda_rng_state, module._set_cuda_rng_state = _get_rng_state, _set_rng_state
+    logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _define_general_gemm(module: Any) -> None:
+    if not hasattr(module, "te_general_gemm"):  # a name that 0.16.1 reads without TransformerEngine, too
+        module.te_general_gemm = None
+
+
+def _switch_off_compilation(module: Any) -> None:
+    module.disable_jit_fuser()  # torch.compile needs a C++ compiler, and half a minute
+
+
+_DEVICE = _Namespace()
+_MENDS: dict[str, Callable[[Any], None]] = {
+    "megatron.core.jit": _switch_off_compilation,
+    "megatron.core.optimizer": _use_fused_adam,
+    "megatron.core.optimizer.distrib_optimizer": _expect_fused_adam,
+    "megatron.core.tensor_parallel.random": _use_cpu_generator,
+    "megatron.core.transformer.moe.moe_utils": _define_general_gemm,
+}

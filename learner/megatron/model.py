@@ -1,0 +1,101 @@
+"""Megatron's GPTModel, built from a Hugging Face directory."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from learner.megatron.attention import PackedAttention, RMSNorm
+from learner.megatron.shape import ModelShape
+
+
+def build_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> GPTModel:
+    """A model whose weights are not set yet."""
+    config = transformer_config(shape, dtype)
+    layers = get_num_layers_to_build(config)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[_layer_spec(shape)] * layers, layer_norm=RMSNorm
+        ),
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,  # type: ignore[arg-type]  # annotated int, used as a number
+    )
+    return model.to(device=device, dtype=dtype)
+
+
+def transformer_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's config of the model: no dropout, no fusion that needs a GPU's libraries."""
+    return TransformerConfig(
+        num_layers=shape.num_hidden_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_key_value_heads,
+        kv_channels=shape.channels,
+        qk_layernorm=shape.has_qk_norm,
+        add_qkv_bias=shape.has_qkv_bias,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,  # the framework averages nothing: the loss is divided before it comes here
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        deterministic_mode=torch.cuda.is_available(),
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **(_expert_options(shape) if shape.is_moe else {}),
+    )
+
+
+def _expert_options(shape: ModelShape) -> dict[str, Any]:
+    """Dropless experts, routed in float32 without auxiliary loss or jitter."""
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_ffn_hidden_size": shape.moe_intermediate_size,
+        "moe_router_topk": shape.num_experts_per_tok,
+        "moe_router_pre_softmax": not shape.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
+        "moe_permute_fusion": False,
+    }
+
+
+def _layer_spec(shape: ModelShape) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(
+        num_experts=shape.num_experts if shape.is_moe else None,
+        qk_layernorm=shape.has_qk_norm,
+        normalization="RMSNorm",
+    )
+    layer: Any = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if shape.has_qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec

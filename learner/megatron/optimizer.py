@@ -1,0 +1,79 @@
+"""AdamW with linear warm-up, as Megatron's distributed optimizer."""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from common.config import Config
+
+
+def wrap_model(model: GPTModel) -> DistributedDataParallel:
+    """The model with its gradients in one float32 buffer, to be reduced once an update."""
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    return DistributedDataParallel(model.config, options, model)
+
+
+class Optimizer:
+    """Steps the model, and its own learning rate.
+
+    Attributes:
+        megatron: The optimizer: float32 masters of bfloat16 parameters, two float32 moments.
+        schedule: Counts updates: warm-up is linear over those of `optimizer.warmup_steps` steps, from the first.
+    """
+
+    def __init__(self, config: Config, model: DistributedDataParallel, dtype: torch.dtype) -> None:
+        """The model's weights must be set: the masters are taken from them."""
+        options = config.optimizer
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=options.lr,
+                weight_decay=options.weight_decay,
+                adam_beta1=options.beta1,
+                adam_beta2=options.beta2,
+                adam_eps=options.eps,
+                clip_grad=options.clip_norm,
+                bf16=dtype is torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
+            ),
+            [model],
+        )
+        warmup = options.warmup_steps * config.updates_per_step
+        self.schedule = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=options.lr,
+            min_lr=0.0,
+            lr_warmup_steps=warmup,
+            lr_decay_steps=warmup + 1,
+            lr_decay_style="constant",
+            start_wd=options.weight_decay,
+            end_wd=options.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last update."""
+        groups: list[dict[str, Any]] = self.megatron.param_groups
+        return float(groups[0]["lr"])
+
+    def step(self) -> tuple[float, bool]:
+        """Clips the gradients and updates the parameters; returns the gradients' norm, and whether it was a number.
+
+        Where it was none, the parameters and both moments stay as they are.
+        """
+        self.schedule.step(1)
+        self.megatron.prepare_grads()
+        grad_norm = float(self.megatron.get_grad_norm())
+        finite = math.isfinite(grad_norm)
+        if finite:
+            self.megatron.step()
+        return grad_norm, finite

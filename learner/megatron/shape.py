@@ -1,0 +1,140 @@
+"""What a Hugging Face `config.json` says of a model, for the architectures that are supported."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.errors import ModelError
+
+_DENSE = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_MOE = ("Qwen3MoeForCausalLM",)
+SUPPORTED = (*_DENSE, *_MOE)
+
+
+class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys of `config.json` that matter here, under their own names and with transformers' defaults."""
+
+    architectures: tuple[str, ...]
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    max_position_embeddings: int = 32_768
+    rope_theta: float = 10_000.0
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    @property
+    def architecture(self) -> str:
+        """The class that transformers would build."""
+        return self.architectures[0]
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the layers have experts."""
+        return self.architecture in _MOE
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the attention projections have a bias."""
+        return self.architecture == "Qwen2ForCausalLM"
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether queries and keys are normalized."""
+        return not self.has_qkv_bias
+
+    @property
+    def channels(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_base(self) -> float:
+        """Base of the rotary frequencies: in `rope_parameters` since transformers 5, before that beside it."""
+        return float((self.rope_parameters or {}).get("rope_theta", self.rope_theta))
+
+    @property
+    def rope_type(self) -> str:
+        """How the rotary frequencies are scaled."""
+        scaling = self.rope_parameters or self.rope_scaling or {}
+        return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def read_shape(model_dir: Path) -> ModelShape:
+    """The shape of the model in a directory.
+
+    Raises:
+        ModelError: The directory or its config is missing or broken, or the model is not supported.
+    """
+    if not model_dir.is_dir():
+        raise ModelError(f"{model_dir}: found no such directory, expected a Hugging Face model")
+    path = model_dir / "config.json"
+    try:
+        shape = msgspec.json.decode(path.read_bytes(), type=ModelShape)
+    except OSError as error:
+        raise ModelError(f"{path}: found no readable file, expected the model's config: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: found no valid config: {error}") from error
+    for wrong, message in _unsupported(shape):
+        if wrong:
+            raise ModelError(f"{path}: {message}")
+    return shape
+
+
+def _unsupported(shape: ModelShape) -> list[tuple[bool, str]]:
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    sizes = (shape.vocab_size, shape.hidden_size, shape.num_hidden_layers, heads, groups, shape.intermediate_size)
+    experts, chosen = shape.num_experts, shape.num_experts_per_tok
+    found = ", ".join(shape.architectures) or "none"
+    return [
+        (
+            not shape.architectures or shape.architecture not in SUPPORTED,
+            f"architectures: found {found}, expected one of {', '.join(SUPPORTED)}",
+        ),
+        (min(sizes) < 1, f"found sizes {sizes}, expected all of them positive"),
+        (
+            heads % max(groups, 1) != 0,
+            f"num_attention_heads: found {heads}, expected a multiple of num_key_value_heads = {groups}",
+        ),
+        (shape.hidden_act != "silu", f"hidden_act: found {shape.hidden_act!r}, expected 'silu'"),
+        (
+            shape.rope_type != "default",
+            f"rope_parameters: found rope_type {shape.rope_type!r}, expected 'default': scaled frequencies are not supported",
+        ),
+        (
+            shape.use_sliding_window,
+            "use_sliding_window: found true, expected false: attention sees the whole sequence here",
+        ),
+        (
+            shape.attention_bias,
+            "attention_bias: found true, expected false",
+        ),
+        (
+            shape.is_moe and not 1 <= chosen <= experts,
+            f"num_experts_per_tok: found {chosen}, expected 1 to num_experts = {experts}",
+        ),
+        (
+            shape.is_moe and shape.moe_intermediate_size < 1,
+            f"moe_intermediate_size: found {shape.moe_intermediate_size}, expected a positive number",
+        ),
+        (
+            shape.is_moe and (shape.decoder_sparse_step != 1 or bool(shape.mlp_only_layers)),
+            "decoder_sparse_step and mlp_only_layers: found layers without experts, expected experts in every layer",
+        ),
+    ]
