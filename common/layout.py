@@ -25,13 +25,14 @@ def load_config(layout: Path, overrides: list[str]) -> Config:
         ConfigError: A file, line, key or value is wrong, or keys contradict each other.
     """
     values = _read_toml(layout)
+    _check_keys(values, Config, str(layout), "")
     for line in overrides:
         _override(values, line)
-    _check_keys(values, Config, str(layout), "")
+        _check_keys(values, Config, f"override {line!r}", "")
     try:
         config = msgspec.convert(values, Config, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(error, values, layout)) from error
+        raise ConfigError(_explain(error, values, layout, overrides)) from error
     config.check()
     return config
 
@@ -104,7 +105,7 @@ def _check_keys(values: dict[str, Any], kind: type, where: str, prefix: str) -> 
 
 
 def _nearest(path: str) -> str:
-    """The key with the same last part, else the most similar one; `data.train[].reward` for those of a table in an array."""
+    """The key with the same last part, else the most similar one; `x[].y` is key y of the tables in array x."""
     every = _all_keys(Config)
     same_name = [key for key in every if key.rpartition(".")[2] == path.rpartition(".")[2]]
     return difflib.get_close_matches(path, same_name or every, n=1, cutoff=0.0)[0]
@@ -133,8 +134,8 @@ def _struct_in(hint: Any) -> type | None:
     return next((a for o in options for a in typing.get_args(o) if _is_struct(a)), None)
 
 
-def _explain(error: msgspec.ValidationError, values: dict[str, Any], layout: Path) -> str:
-    """Msgspec's message with the key's path, the value that was found, what was expected, and the file."""
+def _explain(error: msgspec.ValidationError, values: dict[str, Any], layout: Path, overrides: list[str]) -> str:
+    """The place and path of the key, the value that was found, and what was expected."""
     match = _PATH.match(str(error))
     assert match is not None
     message, path = match[1], (match[2] or "").lstrip(".")
@@ -149,4 +150,6 @@ def _explain(error: msgspec.ValidationError, values: dict[str, Any], layout: Pat
             hint = typing.get_type_hints(hint).get(part) if _is_struct(hint) else None
     if typing.get_origin(hint) is typing.Literal:
         message = f"expected one of {', '.join(map(str, typing.get_args(hint)))}"
-    return f"{layout}: {path}: found {found!r}, {message[:1].lower()}{message[1:].replace('`', '')}"
+    said = [o for o in overrides if re.match(rf"{re.escape(o.partition('=')[0].strip())}[.\[]", f"{path}.")]
+    where = f"override {said[-1]!r}" if said else str(layout)
+    return f"{where}: {path}: found {found!r}, {message[:1].lower()}{message[1:].replace('`', '')}"

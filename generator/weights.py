@@ -106,11 +106,13 @@ def check_gate(
         GateError: They differ by more than the configured limits: the largest in float32; mean and 99th percentile in
             bfloat16, where single tokens differ for good reasons.
     """
-    difference = np.abs(ours.astype(np.float64) - learners.astype(np.float64))
-    if ours.shape != learners.shape or not np.isfinite(difference).all():
+    finite = int(np.isfinite(ours).sum())
+    if ours.shape != learners.shape or finite != len(ours) or not np.isfinite(learners).all():
         raise GateError(
-            f"version {version}: found {ours.shape} logprobs of the probe, expected {learners.shape} finite ones"
+            f"version {version}: found {finite} finite logprobs of the probe in the engine and "
+            f"{int(np.isfinite(learners).sum())} in the learner, expected {len(learners)} in both"
         )
+    difference = np.abs(ours.astype(np.float64) - learners.astype(np.float64))
     figures = {"largest": float(difference.max()), "mean": float(difference.mean())}
     figures["99th percentile"] = float(np.percentile(difference, 99))
     limits = {"mean": config.gate_mean, "99th percentile": config.gate_p99}

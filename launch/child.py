@@ -1,8 +1,8 @@
 """`python child.py PARENT COMMAND...` runs a command and leaves none of its descendants behind.
 
 Every process of a run is started through this one, which stays its parent. When the command ends, however it ends,
-what it started ends too, in whatever session it is; so it does when the launcher (PARENT) is killed. SIGTERM, SIGINT and
-SIGUSR1 are passed on; SIGHUP kills at once. The exit code is the command's, or 128 + n where signal n killed it.
+what it started ends too, in whatever session it is; so it does when the launcher (PARENT) is killed. SIGTERM, SIGINT
+and SIGUSR1 are passed on; SIGHUP kills at once. The exit code is the command's, or 128 + n where signal n killed it.
 
 It imports nothing of Sluice and no installed package, so that it starts in milliseconds. Linux only.
 """

@@ -9,9 +9,9 @@ LAUNCH = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == LAUNCH:  # as a script: no module of launch/ is a top-level one
     sys.path[0] = str(LAUNCH.parent)
 
-from common.config import Config
-from common.errors import ConfigError, exit_on_error
-from common.layout import load_config
+from common.config import Config  # noqa: E402
+from common.errors import ConfigError, exit_on_error  # noqa: E402
+from common.layout import load_config  # noqa: E402
 
 LAYOUTS = LAUNCH / "layouts"
 

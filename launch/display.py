@@ -3,7 +3,7 @@
 import asyncio
 import datetime
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.console import Console, Group, RenderableType
@@ -44,7 +44,7 @@ class Display:
                 self._show(progress, live)
 
     @contextmanager
-    def _live(self) -> Iterator[Live | None]:
+    def _live(self) -> Generator[Live | None]:
         if not self._console.is_terminal:
             yield None
             return
@@ -64,9 +64,7 @@ class Display:
 def render(progress: Progress) -> RenderableType:
     """The live view: a bar, the run's numbers, and a line for each role."""
     if not progress.newest:
-        return Group(
-            *_accuracy_lines(progress), Text("starting: the first step comes when the engines are up", style="dim")
-        )
+        return Group(*_accuracy_lines(progress), Text("starting: the engines come up", style="dim"))
     row = progress.newest
     bar = Table.grid(padding=(0, 2))
     bar.add_row(

@@ -1,13 +1,14 @@
 """The run in four panels."""
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from launch.progress import Row, number
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from launch.report import Rows
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.grid": True,
     "axes.spines.top": False,
@@ -83,7 +84,7 @@ def _clipping(panel: "Axes", rows: list[Row]) -> None:
         panel.plot(_steps(rows), values, color=color, alpha=0.25)
         panel.plot(_steps(rows), smooth(values), color=color, label=label)
     panel.set_ylim(bottom=0)
-    panel.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
+    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     panel.legend(loc="upper left")
 
 
@@ -100,7 +101,7 @@ def _throughput(panel: "Axes", rows: list[Row]) -> None:
         panel.plot(_steps(rows), smooth(values), color=color, label=label)
     panel.set_ylim(bottom=0)
     panel.set_ylabel("tokens/s")
-    panel.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:,.0f}"))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panel.legend(loc="best")
 
 

@@ -60,7 +60,7 @@ class Supervisor:
         max_restarts: int,
         stop_timeout_s: float,
         back_off_s: float = 1.0,
-        notice: Callable[[str], None] = lambda text: None,
+        notice: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`notice` gets a line for people at each restart and kill; `back_off_s` is the first pause, then doubled."""
         self._children = [_Child(plan, run_dir) for plan in plans]

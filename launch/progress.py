@@ -29,7 +29,8 @@ class Progress:
     def read(self) -> list[Row]:
         """The rows that are new."""
         rows: list[Row] = []
-        for row, self._offset in read_metrics(self._run_dir, self._offset):
+        for row, offset in read_metrics(self._run_dir, self._offset):
+            self._offset = offset
             rows.append(row)
             if row["kind"] == "step":
                 self.newest = row

@@ -32,7 +32,7 @@ def describe(config: Config, run_dir: Path) -> str:
 def to_toml(config: Config) -> str:
     """The configuration as a layout."""
     values: dict[str, Any] = msgspec.to_builtins(config)
-    return "\n".join(_table(values, ""))
+    return "\n".join([*_table(values, ""), ""])
 
 
 def _table(values: dict[str, Any], path: str) -> list[str]:
@@ -49,7 +49,7 @@ def _value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return json.dumps(value)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_key(name)} = {_value(v)}' for name, v in value.items())}}}"

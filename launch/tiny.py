@@ -1,8 +1,8 @@
 """`python -m launch.tiny DIR --seed N`: a tiny model and its task, for a real run on any machine in minutes.
 
-The task is to add two numbers below 100: "07+45=" asks for "52". The model is a Qwen3 of two layers with a vocabulary of
-characters. Its warm-up imitates demonstrations with a systematic slip, carries that are dropped more often than not, so
-that it adds well where nothing carries and badly elsewhere: what is left is for reinforcement learning to find.
+The task is to add two numbers below 100: "07+45=" asks for "52". The model is a Qwen3 of two layers with a vocabulary
+of characters. Its warm-up imitates demonstrations with a systematic slip, carries that are dropped more often than not,
+so that it adds well where nothing carries and badly elsewhere: what is left is for reinforcement learning to find.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def build(directory: Path, seed: int) -> None:
     accuracy = _accuracy(model, split.validation)
     if accuracy > _TOO_GOOD:
         raise ModelError(
-            f"seed {seed}: found a warmed-up accuracy of {accuracy:.2f}, expected at most {_TOO_GOOD}: too little is left"
+            f"seed {seed}: found an accuracy of {accuracy:.2f} after the warm-up, expected at most {_TOO_GOOD}"
         )
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory / "model")
@@ -165,7 +165,7 @@ def _new_model() -> "Qwen3ForCausalLM":
 
 
 def _declare_vision_operators() -> None:
-    """PyPI's torchvision is built for CUDA; beside a CPU torch it can be imported only if its operators are declared."""
+    """PyPI's torchvision is built for CUDA: beside a CPU torch it imports only if its operators are declared."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -195,7 +195,8 @@ def _warm_up(model: "Qwen3ForCausalLM", split: Split, rng: random.Random) -> int
         if step == _MAX_STEPS:
             break
     raise ModelError(
-        f"found an accuracy of {accuracy:.2f} on sums without a carry after {_MAX_STEPS} warm-up steps, expected {_ENOUGH}"
+        f"found an accuracy of {accuracy:.2f} on sums without a carry after {_MAX_STEPS} warm-up steps, "
+        f"expected {_ENOUGH}"
     )
 
 
@@ -206,7 +207,7 @@ def _batches(pairs: list[Pair], rng: random.Random) -> Iterator[list[Pair]]:
 
 def _demonstrations(pairs: list[Pair], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     """Int[B, T] token ids, and Int[B, T] labels that are -100 where nothing is to be learned."""
-    rows = [_encode(f"{pair.prompt}{slipped_sum(pair, rng)}") + [EOS] for pair in pairs]
+    rows = [[*_encode(f"{pair.prompt}{slipped_sum(pair, rng)}"), EOS] for pair in pairs]
     length = _PROMPT_TOKENS + _ANSWER_TOKENS
     token_ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
     labels = token_ids.masked_fill(token_ids == PAD, -100)
@@ -221,7 +222,7 @@ def _accuracy(model: "Qwen3ForCausalLM", pairs: list[Pair]) -> float:
     for _ in range(_ANSWER_TOKENS):
         newest = model(input_ids=token_ids).logits[:, -1].argmax(-1, keepdim=True)
         token_ids = torch.cat([token_ids, newest], dim=1)
-    expected = [_encode(pair.answer) + [EOS] for pair in pairs]
+    expected = [[*_encode(pair.answer), EOS] for pair in pairs]
     answers = token_ids[:, _PROMPT_TOKENS:].tolist()
     return sum(a[: len(e)] == e for a, e in zip(answers, expected, strict=True)) / len(pairs)
 

@@ -106,7 +106,7 @@ class Sandbox:
             *self._command, *limits, stdin=PIPE, stdout=PIPE, env={**os.environ, **_ONE_THREAD}
         )
         worker = _Worker(process)
-        self._workers.add(worker)
+        self._workers = {other for other in self._workers if other.is_alive} | {worker}
         in_use = (await worker.ready(START_S)).address_space_bytes
         if in_use + MIN_FREE_BYTES > self._config.memory_bytes:
             raise ConfigError(
@@ -118,18 +118,17 @@ class Sandbox:
     def _end(self, worker: "_Worker | None") -> None:
         if worker is not None:
             worker.kill()
-            self._workers.discard(worker)
             self.num_replaced += 1
 
     async def _stop(self) -> None:
-        workers = list(self._workers)
-        for worker in workers:
+        for worker in self._workers:
             worker.kill()
-        if workers:
-            _, left = await asyncio.wait([asyncio.ensure_future(w.process.wait()) for w in workers], timeout=STOP_S)
-            if left:
-                logger().warning("workers_left", num_workers=len(left), waited_s=STOP_S)
-        self._workers.clear()
+        try:
+            async with asyncio.timeout(STOP_S):
+                await asyncio.gather(*(worker.ended() for worker in self._workers))
+        except TimeoutError:
+            num_left = sum(worker.is_alive for worker in self._workers)
+            logger().warning("workers_left", num_workers=num_left, waited_s=STOP_S)
 
 
 class _Worker:
@@ -138,13 +137,13 @@ class _Worker:
     def __init__(self, process: Process) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
-        self.process = process
         self.num_tasks = 0
+        self._process = process
         self._tasks, self._grades = process.stdin, process.stdout
 
     @property
     def is_alive(self) -> bool:
-        return self.process.returncode is None
+        return self._process.returncode is None
 
     async def ready(self, deadline_s: float) -> Ready:
         try:
@@ -174,7 +173,13 @@ class _Worker:
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
-            self.process.kill()
+            self._process.kill()
+
+    async def ended(self) -> None:
+        """Waits until a killed process is gone and its pipes are closed."""
+        await self._process.wait()
+        self._tasks.close()
+        await self._grades.read()
 
     async def _read(self) -> bytes:
         size = int.from_bytes(await self._grades.readexactly(HEAD_BYTES), "little")

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import msgspec
 
@@ -50,6 +51,11 @@ class EvaluationVisit(Leasable):
     asked_at: float
     result: Result | None = None
 
+    @property
+    def is_free(self) -> bool:
+        """Whether it can be leased."""
+        return self.result is None and not self.holder
+
 
 @dataclass(slots=True)
 class EvaluationChanges:
@@ -84,6 +90,7 @@ class Evaluations:
         self._config, self._prompts, self._next = config, tuple(prompts), next_number
         self.finished = list(finished)
         self._visits = {visit.number: visit for visit in visits}
+        self._free = {visit.number: visit for visit in self._visits.values() if visit.is_free}
         self._missing = Counter(visit.version for visit in self._visits.values() if visit.result is None)
         self._changes = EvaluationChanges([], [], [])
 
@@ -104,7 +111,7 @@ class Evaluations:
             return
         for prompt, source in self._prompts:
             visit = EvaluationVisit(number=self._next, prompt=prompt, source=source, version=version, asked_at=now)
-            self._visits[self._next] = visit
+            self._visits[self._next] = self._free[self._next] = visit
             self._changes.visits.append(visit)
             self._missing[version] += 1
             self._next -= 1
@@ -114,6 +121,7 @@ class Evaluations:
         kept = set(keep)
         gone = [number for number, visit in self._visits.items() if visit.version not in kept]
         for number in gone:
+            self._free.pop(number, None)
             del self._missing[self._visits.pop(number).version]
         self._changes.dropped += gone
 
@@ -126,14 +134,11 @@ class Evaluations:
 
         An engine older than the version wanted gets one only where that would stall the evaluation; a newer one does.
         """
-        granted: list[EvaluationVisit] = []
-        for visit in self._visits.values() if self.num_pending else ():
-            if len(granted) == room:
-                break
-            new_enough = version >= visit.version or now - visit.asked_at > OLD_ENGINE_AFTER_S
-            if visit.result is None and not visit.holder and new_enough:
-                visit.lease(name, version, now)
-                granted.append(visit)
+        fitting = (v for v in self._free.values() if version >= v.version or now - v.asked_at > OLD_ENGINE_AFTER_S)
+        granted = list(islice(fitting, room))
+        for visit in granted:
+            visit.lease(name, version, now)
+            del self._free[visit.number]
         self._changes.visits += granted
         return granted
 
@@ -173,10 +178,11 @@ class Evaluations:
             return wire.Verdict(status="duplicate", reason=f"evaluation {key.visit} has its result")
         if visit.attempt != key.attempt or not visit.holder:
             return wire.Verdict(status="refused", reason=f"attempt {key.attempt} at evaluation {key.visit} is over")
-        if reason := malformed_reason(scored, self._config.evaluation.num_samples, num_lineages):
+        versions = versions_of(scored.group)
+        if reason := malformed_reason(scored, versions, self._config.evaluation.num_samples, num_lineages):
             self._give_back(visit)
             return wire.Verdict(status="refused", reason=f"malformed: {reason}")
-        self._conclude(visit, _result(scored))
+        self._conclude(visit, _result(scored, versions))
         return wire.Verdict(status="stored")
 
     def _give_back(self, visit: EvaluationVisit) -> None:
@@ -185,6 +191,8 @@ class Evaluations:
         self._changes.visits.append(visit)
         if visit.attempt >= self._config.lease.max_attempts:
             self._conclude(visit, Result(0.0, 0, self._config.evaluation.num_samples, solved=False))
+        else:
+            self._free = {visit.number: visit, **self._free}
 
     def _conclude(self, visit: EvaluationVisit, result: Result) -> None:
         visit.result, visit.holder = result, ""
@@ -203,9 +211,8 @@ class Evaluations:
             self._changes.dropped.append(done.number)
 
 
-def _result(scored: wire.ScoredGroup) -> Result:
+def _result(scored: wire.ScoredGroup, versions: tuple[Version, ...]) -> Result:
     graded = [grade for grade in scored.grades if grade.outcome.graded]
-    versions = versions_of(scored.group)
     return Result(
         correct=sum(grade.correct for grade in graded),
         num_graded=len(graded),

@@ -1,13 +1,15 @@
 """What is wrong with a scored group, or uniform about it: pure functions."""
 
-import numpy as np
-
 from common import wire
 from common.versions import Version
 
+MIN_GRADED = 2
 
-def malformed_reason(scored: wire.ScoredGroup, num_completions: int, num_lineages: int) -> str:
-    """Why a scored group cannot be what was leased; empty where it can."""
+
+def malformed_reason(
+    scored: wire.ScoredGroup, versions: tuple[Version, ...], num_completions: int, num_lineages: int
+) -> str:
+    """Why a scored group, sampled under `versions`, cannot be what was leased; empty where it can."""
     completions = scored.group.completions
     if len(completions) != num_completions:
         return f"found {len(completions)} completions, expected {num_completions}"
@@ -15,15 +17,14 @@ def malformed_reason(scored: wire.ScoredGroup, num_completions: int, num_lineage
         return f"found {len(scored.grades)} grades for {num_completions} completions"
     if any(c.finish_reason is wire.FinishReason.ABORT for c in completions):
         return "found an aborted completion"
-    if any(v.lineage >= num_lineages for v in versions_of(scored.group)):
+    if any(version.lineage >= num_lineages for version in versions):
         return f"found a version of an unknown lineage, expected one of {num_lineages}"
     return ""
 
 
 def versions_of(group: wire.Group) -> tuple[Version, ...]:
     """The versions that sampled a token of the group, each once, in order."""
-    triples = np.concatenate([wire.ints(c.versions).reshape(-1, 3) for c in group.completions])
-    return tuple(Version(int(lineage), int(number)) for lineage, number in np.unique(triples[:, 1:], axis=0))
+    return tuple(sorted({span.version for completion in group.completions for span in completion.spans()}))
 
 
 def num_graded(grades: tuple[wire.Grade, ...]) -> int:

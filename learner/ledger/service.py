@@ -3,27 +3,28 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any
 
 from common import wire
 from common.config import Config
 from common.errors import RefusedError, RunDirectoryError
 from common.log import logger
 from common.membership import Activity
-from common.wire import Role
+from common.wire import Role, VisitState
+from learner.ledger.evaluations import EvaluationChanges
 from learner.ledger.fleet import Fleet
+from learner.ledger.held import HeldRequests, Topic
 from learner.ledger.leases import evaluation_lease, training_lease
 from learner.ledger.overlap import Overlap
 from learner.ledger.store import Store
+from learner.ledger.visits import Changes
 from learner.ledger.waits import batch_waits_for, evaluation_waits_for, lease_waits_for, run_waits_for
 
-HOLD_S = 2.0
 TICK_S = 0.5
 LATE_S = 1.0
 _REVISIONS = 1 << 32
-
-A = TypeVar("A")
+_OPEN = (VisitState.LEASED, VisitState.SCORED, VisitState.RESERVED)
 
 
 class LedgerService:
@@ -53,7 +54,8 @@ class LedgerService:
         self._overlap = Overlap()
         self._activity = Activity()
         self._revision = incarnation * _REVISIONS
-        self._changed = asyncio.Event()
+        self._held = HeldRequests()
+        self._lease_requests: dict[str, wire.LeaseRequest] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._handlers: dict[type, Callable[[Any], Awaitable[wire.Answer]]] = {
             wire.Hello: self._hello,
@@ -81,12 +83,14 @@ class LedgerService:
         if handler is None:
             raise RefusedError(f"found {type(request).__name__} from {peer.hex()}, expected a request to a ledger")
         if not self.failed.done():
-            with suppress(RunDirectoryError):
+            try:
                 return await handler(request)
+            except RunDirectoryError as error:
+                self._fail(error)
         return await asyncio.Future()  # the process ends; whoever starts in its place answers
 
     async def keep_time(self) -> None:
-        """Ends what is overdue, until cancelled; after a standstill of the ledger itself, others first get time to beat."""
+        """Ends what is overdue, until cancelled; after a standstill of the ledger, others first get time to beat."""
         timeout_s, last, patience = self._config.lease.heartbeat_timeout_s, time.time(), 0.0
         while True:
             await asyncio.sleep(TICK_S)
@@ -118,11 +122,13 @@ class LedgerService:
                 f"found {hello.name} of run {hello.run[:8]}, protocol {hello.protocol}, "
                 f"expected run {self._run[:8]}, protocol {wire.PROTOCOL}"
             )
+        self._lease_requests.pop(hello.name, None)
         with self._stored():
             num_freed = self._ledger.free(hello.name) + self._evaluations.free(hello.name)
             self._fleet.join(hello, time.time())
             self._store.save_member(hello.name, hello.role.value, hello.endpoint)
         logger().info("member_joined", member=hello.name, freed=num_freed)
+        self._held.wake(Topic.LEASES)
         if hello.role is Role.VERIFIER:
             self._revise()
         return wire.Welcome(incarnation=self._incarnation)
@@ -149,7 +155,10 @@ class LedgerService:
                 closing=bool(self._ledger.closing),
             )
 
-        return await self._hold(lambda: directory() if self._revision != watch.revision else None) or directory()
+        changed = await self._held.wait(
+            Topic.DIRECTORY, lambda: directory() if self._revision != watch.revision else None
+        )
+        return changed or directory()
 
     async def _status(self, status: wire.Status) -> wire.StatusReport:
         now = time.time()
@@ -169,9 +178,18 @@ class LedgerService:
     async def _lease(self, request: wire.LeaseRequest) -> wire.Leases:
         if not self._ledger.track.knows(request.version):
             raise RefusedError(f"found an engine at {request.version}, expected a lineage that has begun")
-        if leases := await self._hold(lambda: self._grant(request)):
-            return wire.Leases(leases=leases)
-        return wire.Leases(leases=(), waiting_for=self._why_no_lease(request))
+        self._lease_requests[request.name] = request
+        newest = self._manifest
+
+        def answer() -> wire.Leases | None:
+            if self._lease_requests.get(request.name) is not request:
+                return wire.Leases(leases=(), waiting_for="nothing: the generator has asked anew")
+            if leases := self._grant(request):
+                return wire.Leases(leases=leases)
+            return wire.Leases(leases=(), waiting_for=self._why_no_lease(request)) if self._manifest != newest else None
+
+        leases = await self._held.wait(Topic.LEASES, answer)
+        return leases or wire.Leases(leases=(), waiting_for=self._why_no_lease(request))
 
     def _grant(self, request: wire.LeaseRequest) -> tuple[wire.Lease, ...]:
         """Evaluations first, then training."""
@@ -211,11 +229,12 @@ class LedgerService:
             self._evaluations.abandon(v for v in self._evaluations.versions() if self._ledger.track.includes(v))
         self._overlap.drop_step()
         self._revise()
+        self._held.wake(Topic.LEASES)
         logger().info("learner_began", version=str(version), checkpoint=str(begin.checkpoint or ""))
         return wire.Begun(version=version, branches=self._ledger.track.lineages.branches)
 
     async def _reserve(self, reserve: wire.Reserve) -> wire.Batch:
-        if groups := await self._hold(lambda: self._batch(reserve)):
+        if groups := await self._held.wait(Topic.BATCH, lambda: self._batch(reserve)):
             self._overlap.begin_step(time.time())
             return wire.Batch(version=reserve.version, groups=groups)
         waiting_for = batch_waits_for(self._config, self._ledger, self._fleet)
@@ -247,6 +266,7 @@ class LedgerService:
                 self._store.save_manifest(manifest)
             self._manifest = manifest
             self._revise()
+            self._held.wake(Topic.LEASES)
             logger().info("version_published", version=str(manifest.version), size_bytes=manifest.size_bytes)
         return wire.Done()
 
@@ -270,44 +290,36 @@ class LedgerService:
                 self._ledger.finish(finish.reason)
             self._revise()
             logger().info("run_closing", reason=finish.reason)
-        done = await self._hold(lambda: self._evaluations.num_pending == 0)
+        done = await self._held.wait(Topic.EVALUATIONS, lambda: self._evaluations.num_pending == 0)
         return wire.Finished(
             done=bool(done),
             accounts=self._ledger.accounts(),
             waiting_for="" if done else evaluation_waits_for(self._evaluations, self._fleet),
         )
 
-    # Storing and waiting
+    # Storing and waking
 
     @contextmanager
     def _stored(self) -> Generator[None]:
-        """What changes in the block is stored when it ends, and those who wait look again."""
+        """What changes in the block is stored when it ends, and those whom it concerns look again."""
         with self._activity.working():
-            try:
-                yield
-                changes, evaluations = self._ledger.drain(), self._evaluations.drain()
-                self._store.save(changes, evaluations)
-            except RunDirectoryError as error:
-                if not self.failed.done():
-                    self.failed.set_exception(error)
-                raise
-            if changes or evaluations:
-                self._wake()
+            yield
+            changes, evaluations = self._ledger.drain(), self._evaluations.drain()
+            self._store.save(changes, evaluations)
+            self._wake(changes, evaluations)
+
+    def _wake(self, changes: Changes, evaluations: EvaluationChanges) -> None:
+        if any(visit.state not in _OPEN for visit in changes.visits) or any(v.is_free for v in evaluations.visits):
+            self._held.wake(Topic.LEASES)
+        if any(visit.state is not VisitState.LEASED for visit in changes.visits):
+            self._held.wake(Topic.BATCH)
+        if evaluations.finished or evaluations.dropped:
+            self._held.wake(Topic.EVALUATIONS)
 
     def _revise(self) -> None:
         self._revision += 1
-        self._wake()
+        self._held.wake(Topic.DIRECTORY)
 
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
-
-    async def _hold(self, answer: Callable[[], A]) -> A:
-        """The first answer that is not empty; an empty one after two seconds."""
-        until = time.monotonic() + HOLD_S
-        while not (found := answer()) and (left := until - time.monotonic()) > 0:
-            try:
-                await asyncio.wait_for(self._changed.wait(), left)
-            except TimeoutError:
-                continue
-        return found
+    def _fail(self, error: RunDirectoryError) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)

@@ -17,11 +17,10 @@ from common.errors import RefusedError
 from common.versions import Version
 from common.wire import VisitState
 from learner.ledger.book import Book
-from learner.ledger.judgement import malformed_reason, num_graded, uniform_reason, versions_of
+from learner.ledger.judgement import MIN_GRADED, malformed_reason, num_graded, uniform_reason, versions_of
+from learner.ledger.returns import Returns
 from learner.ledger.track import START, Track
 from learner.ledger.visits import Changes, Head, Visit
-
-MIN_GRADED = 2
 
 
 class Ledger:
@@ -54,6 +53,7 @@ class Ledger:
         self._config, self._prompt_of = config, prompt_of
         self._book = Book(head.num_visits, live, ended)
         self.track, self.closing = Track(head), head.closing
+        self._returns = Returns(config, self._book, self.track)
         self._stored_head = head
 
     def accounts(self) -> dict[str, int]:
@@ -128,7 +128,7 @@ class Ledger:
         """Ends the leases of a process that was replaced; returns how many there were."""
         held = [visit for visit in self.visits(VisitState.LEASED) if visit.holder == name]
         for visit in held:
-            self._give_back(visit, f"{name} was replaced")
+            self._returns.give_back(visit, f"{name} was replaced")
         return len(held)
 
     def expire(self, now: float) -> int:
@@ -136,7 +136,7 @@ class Ledger:
         num = 0
         for visit in self.visits(VisitState.LEASED):
             if reason := visit.lapse_reason(self._config.lease, now):
-                self._give_back(visit, reason)
+                self._returns.give_back(visit, reason)
                 num += 1
         return num
 
@@ -152,14 +152,15 @@ class Ledger:
         if visit is None or visit.attempt != key.attempt:
             return self._late(key)
         config = self._config
-        if reason := malformed_reason(scored, config.group_size, len(self.track.lineages.branches)):
-            self._give_back(visit, f"malformed: {reason}")
+        versions = versions_of(scored.group)
+        if reason := malformed_reason(scored, versions, config.group_size, len(self.track.lineages.branches)):
+            self._returns.give_back(visit, f"malformed: {reason}")
             return wire.Verdict(status="refused", reason=f"malformed: {reason}")
-        visit.versions = versions_of(scored.group)
-        if self._staleness(visit) > config.max_staleness:
-            return wire.Verdict(status="refused", reason=self._expire(visit))
+        visit.versions = versions
+        if self._returns.staleness(visit) > config.max_staleness:
+            return wire.Verdict(status="refused", reason=self._returns.expire(visit))
         if num_graded(scored.grades) < MIN_GRADED:
-            return wire.Verdict(status="refused", reason=self._return_ungraded(visit, scored))
+            return wire.Verdict(status="refused", reason=self._returns.ungraded(visit, scored))
         if config.loss.filter_uniform and (reason := uniform_reason(scored.grades)):
             self._book.move(visit, VisitState.FILTERED, reason)
             return wire.Verdict(status="stored", reason=reason)
@@ -182,7 +183,7 @@ class Ledger:
             self._book.move(visit, VisitState.SCORED, f"the step from {visit.step} did not end")
             visit.step = None
         self.closing = ""
-        self._expire_outdated()
+        self._returns.expire_outdated()
         return version
 
     def reserve(self, version: Version, num_groups: int) -> list[Visit]:
@@ -199,7 +200,7 @@ class Ledger:
             raise RefusedError(f"found {num_groups} groups, expected groups_per_step = {self._config.groups_per_step}")
         if self._book.count(VisitState.RESERVED):
             return self._most_stale_first(VisitState.RESERVED)
-        if self.awaited_pins() or self._book.count(VisitState.SCORED) < num_groups:
+        if self._book.count(VisitState.SCORED) < num_groups or self.awaited_pins():
             return []
         batch = self._most_stale_first(VisitState.SCORED)[:num_groups]
         for visit in batch:
@@ -212,7 +213,7 @@ class Ledger:
         return [
             visit
             for visit in self.visits(VisitState.LEASED)
-            if visit.pinned and self._lease_staleness(visit) >= self._config.max_staleness
+            if visit.pinned and self._returns.lease_staleness(visit) >= self._config.max_staleness
         ]
 
     def commit(self, version: Version, visits: tuple[int, ...]) -> Version:
@@ -231,7 +232,7 @@ class Ledger:
         for visit in self.visits(VisitState.RESERVED):
             self._book.move(visit, VisitState.TRAINED, f"in the step from {version}")
         self.track.advance()
-        self._expire_outdated()
+        self._returns.expire_outdated()
         return version.next()
 
     def checkpoint(self, version: Version) -> None:
@@ -265,32 +266,6 @@ class Ledger:
                 return visit
             self._book.move(visit, VisitState.REJECTED, rejected)
 
-    def _give_back(self, visit: Visit, reason: str) -> None:
-        """Ends an attempt: the prompt goes to the front of the queue, or out where its attempts are used up."""
-        visit.versions = ()
-        if visit.attempt >= self._config.lease.max_attempts:
-            reason = f"{visit.attempt} attempts used up, the last: {reason}"
-            self._book.move(visit, VisitState.QUARANTINED, reason)
-        else:
-            self._book.move(visit, VisitState.WAITING, reason)
-
-    def _expire(self, visit: Visit) -> str:
-        """Gives back a visit that has become too stale, and pins it; returns the reason."""
-        versions = visit.versions or (visit.granted or START,)
-        reason = f"expired: sampled from {min(versions)} on, too stale at {self.track.current}"
-        visit.pinned = True
-        self._give_back(visit, reason)
-        return reason
-
-    def _return_ungraded(self, visit: Visit, scored: wire.ScoredGroup) -> str:
-        reason = f"{num_graded(scored.grades)} of {len(scored.grades)} completions graded, expected {MIN_GRADED}"
-        if visit.returned:
-            self._book.move(visit, VisitState.QUARANTINED, f"{reason}, for the second time")
-        else:
-            visit.returned = True
-            self._give_back(visit, reason)
-        return reason
-
     def _late(self, key: wire.LeaseKey) -> wire.Verdict:
         """What to say of a result whose lease is over."""
         if not 0 <= key.visit < self._book.num_visits:
@@ -301,15 +276,6 @@ class Ledger:
         return wire.Verdict(
             status="refused", reason=f"attempt {key.attempt} is over: visit {key.visit} is {state.value}"
         )
-
-    def _expire_outdated(self) -> None:
-        """Ends the leases, and sends back the scored groups, that the current version has left behind."""
-        for visit in self.visits(VisitState.SCORED):
-            if self._staleness(visit) > self._config.max_staleness:
-                self._expire(visit)
-        for visit in self.visits(VisitState.LEASED):
-            if self._lease_staleness(visit) > self._config.max_staleness:
-                self._expire(visit)
 
     def _resume(self, checkpoint: Version) -> Version:
         self.track.check_resume(checkpoint)
@@ -329,15 +295,5 @@ class Ledger:
     def _trained_from(self, version: Version) -> list[int]:
         return [visit.number for visit in self.visits(VisitState.TRAINED) if visit.step == version]
 
-    def _staleness(self, visit: Visit) -> int:
-        """Of a stored group: that of its oldest token."""
-        assert visit.versions
-        return max(map(self.track.staleness, visit.versions))
-
-    def _lease_staleness(self, visit: Visit) -> int:
-        """Of the oldest token that a leased group may have."""
-        assert visit.granted is not None
-        return self.track.staleness(visit.granted)
-
     def _most_stale_first(self, state: VisitState) -> list[Visit]:
-        return sorted(self.visits(state), key=lambda visit: (-self._staleness(visit), visit.number))
+        return sorted(self.visits(state), key=lambda visit: (-self._returns.staleness(visit), visit.number))

@@ -91,7 +91,7 @@ def _layer(shape: ModelShape, megatron: str, hugging_face: str) -> Iterator[Conv
         yield from _gated(f"{megatron}.mlp", f"{hugging_face}.mlp")
         return
     yield _alone(f"{megatron}.mlp.router.weight", f"{hugging_face}.mlp.gate.weight")
-    for expert in range(shape.num_experts):
+    for expert in range(shape.total_experts):
         yield from _gated(f"{megatron}.mlp.experts.local_experts.{expert}", f"{hugging_face}.mlp.experts.{expert}")
 
 

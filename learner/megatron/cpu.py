@@ -66,6 +66,11 @@ class _Stream:
             raise AttributeError(name)
         return _nothing
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    __hash__ = object.__hash__
+
     def query(self) -> bool:
         return True
 

@@ -73,7 +73,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConf
 def _expert_options(shape: ModelShape) -> dict[str, Any]:
     """Dropless experts, routed in float32 without auxiliary loss or jitter."""
     return {
-        "num_moe_experts": shape.num_experts,
+        "num_moe_experts": shape.total_experts,
         "moe_ffn_hidden_size": shape.moe_intermediate_size,
         "moe_router_topk": shape.num_experts_per_tok,
         "moe_router_pre_softmax": not shape.norm_topk_prob,
@@ -88,7 +88,7 @@ def _expert_options(shape: ModelShape) -> dict[str, Any]:
 
 def _layer_spec(shape: ModelShape) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
-        num_experts=shape.num_experts if shape.is_moe else None,
+        num_experts=shape.total_experts if shape.is_moe else None,
         qk_layernorm=shape.has_qk_norm,
         normalization="RMSNorm",
     )

@@ -33,6 +33,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
     num_experts: int = 0
+    num_local_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
@@ -48,6 +49,11 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def is_moe(self) -> bool:
         """Whether the layers have experts."""
         return self.architecture in _MOE
+
+    @property
+    def total_experts(self) -> int:
+        """Experts of a layer: `num_local_experts` since transformers 5, before that `num_experts`."""
+        return self.num_local_experts or self.num_experts
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -100,7 +106,7 @@ def read_shape(model_dir: Path) -> ModelShape:
 def _unsupported(shape: ModelShape) -> list[tuple[bool, str]]:
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
     sizes = (shape.vocab_size, shape.hidden_size, shape.num_hidden_layers, heads, groups, shape.intermediate_size)
-    experts, chosen = shape.num_experts, shape.num_experts_per_tok
+    experts, chosen = shape.total_experts, shape.num_experts_per_tok
     found = ", ".join(shape.architectures) or "none"
     return [
         (

@@ -1,0 +1,18 @@
+"""What all tests share: a tiny model that the engine and the learner load, and arrays whose shapes are checked."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of two layers with random weights and a character tokenizer."""
+    from tests.models import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("model"), "qwen3")

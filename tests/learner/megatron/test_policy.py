@@ -1,0 +1,206 @@
+"""The policy against transformers: logprobs, gradients, updates."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from learner.megatron.policy import Policy
+from tests.learner.megatron import tiny
+
+TEMPERATURE = 0.8
+LENGTHS = [5, 9, 9, 9, 12, 2, 30, 9]
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_logprobs_equal_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    policy, reference = _both(kind, tmp_path)
+    micro = tiny.micro_batches(LENGTHS)[0]
+    with torch.no_grad():
+        expected = tiny.reference_logprobs(reference, micro, TEMPERATURE)
+    torch.testing.assert_close(policy.logprobs(micro), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_an_update_sees_the_very_logprobs_that_a_forward_pass_gives(kind: str, tmp_path: Path) -> None:
+    policy, _ = _both(kind, tmp_path)
+    micros = tiny.micro_batches(LENGTHS, max_tokens=40)
+    before = [policy.logprobs(micro) for micro in micros]
+    seen: list[torch.Tensor] = []
+    policy.update(micros, _keeping(seen))
+    assert len(seen) == len(micros) > 1
+    assert all(torch.equal(a, b) for a, b in zip(before, seen, strict=True))
+    assert not torch.equal(policy.logprobs(micros[0]), before[0])
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_gradients_equal_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    policy, reference = _both(kind, tmp_path)
+    micros = tiny.micro_batches(LENGTHS, max_tokens=40)
+    for micro in micros:
+        logprobs = tiny.reference_logprobs(reference, micro, TEMPERATURE)
+        tiny.masked_mean_loss(micro, logprobs, logprobs).backward()
+    expected = {name: _grad(parameter) for name, parameter in reference.named_parameters()}
+    norm = float(torch.stack([grad.square().sum() for grad in expected.values()]).sum().sqrt())
+    result = policy.update(micros, tiny.masked_mean_loss)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+    for name, grad in _gradients(policy).items():
+        wanted = _per_expert(expected, name)
+        assert float((grad - wanted).norm()) <= 1e-5 * max(float(wanted.norm()), 1e-2 * norm), name
+
+
+def test_accumulation_is_a_plain_sum(tmp_path: Path) -> None:
+    policy, _ = _both("qwen3", tmp_path)
+    micros = tiny.micro_batches(LENGTHS, max_tokens=40)
+    policy.update(micros, tiny.masked_mean_loss)
+    apart = _gradients(policy)
+    policy = Policy(tiny.config(tmp_path, sampling={"temperature": TEMPERATURE}))
+    policy.update(tiny.micro_batches(LENGTHS), tiny.masked_mean_loss)
+    for name, grad in _gradients(policy).items():
+        torch.testing.assert_close(apart[name], grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3-moe"])
+def test_packed_sequences_do_not_see_each_other(kind: str, tmp_path: Path) -> None:
+    policy, _ = _both(kind, tmp_path)
+    micro = tiny.micro_batches(LENGTHS)[0]
+    policy._temperature = 1.0
+    alone = torch.cat([policy.sequence_logprobs(tokens) for tokens in tiny.sequences_of(micro)])
+    torch.testing.assert_close(policy.logprobs(micro), alone, rtol=0, atol=1e-5)
+
+
+def test_a_sequence_is_judged_at_temperature_one(tmp_path: Path) -> None:
+    policy, reference = _both("qwen3-tied", tmp_path)
+    micro = tiny.micro_batches([20])[0]
+    with torch.no_grad():
+        expected = tiny.reference_logprobs(reference, micro, 1.0)
+    logprobs = policy.sequence_logprobs(micro.token_ids.int())
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
+    assert logprobs[0] == 0
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
+    tiny.build(tmp_path, "qwen3-moe")
+    runs = []
+    for _ in range(2):
+        policy = Policy(tiny.config(tmp_path))
+        for seed in range(3):
+            policy.update(tiny.micro_batches(LENGTHS, seed=seed, max_tokens=40), tiny.masked_mean_loss)
+        runs.append({name: tensor.clone() for name, tensor in policy.export()})
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_changes_nothing(bad: float, tmp_path: Path) -> None:
+    policy, _ = _both("qwen3", tmp_path)
+    before = {name: tensor.clone() for name, tensor in policy.export()}
+    micros = tiny.micro_batches(LENGTHS)
+    result = policy.update(micros, lambda micro, logprobs, entropy: logprobs.sum() * bad)
+    assert result.skipped
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.export())
+    assert not policy.update(micros, tiny.masked_mean_loss).skipped
+    assert all(tensor.isfinite().all() for _, tensor in policy.export())
+
+
+def test_the_learning_rate_warms_up_from_the_first_update(tmp_path: Path) -> None:
+    tiny.build(tmp_path, "qwen3")
+    config = tiny.config(tmp_path, optimizer={"lr": 1e-3, "warmup_steps": 2}, updates_per_step=2)
+    policy = Policy(config)
+    micros = tiny.micro_batches([9])
+    rates = [policy.update(micros, tiny.masked_mean_loss).lr for _ in range(6)]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_an_update_is_adamw_on_the_clipped_gradient(tmp_path: Path) -> None:
+    policy, reference = _both("qwen3", tmp_path, optimizer={"lr": 1e-2, "clip_norm": 0.5, "weight_decay": 0.1})
+    matrices = [p for p in reference.parameters() if p.ndim > 1]
+    vectors = [p for p in reference.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for seed in range(3):
+        micros = tiny.micro_batches(LENGTHS, seed=seed)
+        policy.update(micros, tiny.masked_mean_loss)
+        adamw.zero_grad()
+        logprobs = tiny.reference_logprobs(reference, micros[0], TEMPERATURE)
+        tiny.masked_mean_loss(micros[0], logprobs, logprobs).backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        adamw.step()
+    wanted = reference.state_dict()
+    for name, tensor in policy.export():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=2e-4)
+
+
+def test_entropies_are_those_of_the_tempered_distributions(tmp_path: Path) -> None:
+    policy, reference = _both("qwen2", tmp_path)
+    micro = tiny.micro_batches([7])[0]
+    seen: list[torch.Tensor] = []
+
+    def loss(micro: Any, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        seen.append(entropy)
+        assert not entropy.requires_grad
+        return logprobs.sum()
+
+    policy.update([micro], loss)
+    logits = reference(micro.token_ids[None]).logits[0, :-1] / TEMPERATURE
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(seen[0][1:], expected, rtol=0, atol=1e-5)
+    assert seen[0][0] == 0
+
+
+def test_bfloat16_parameters_have_float32_masters(tmp_path: Path) -> None:
+    tiny.build(tmp_path, "qwen3-moe", dtype=torch.bfloat16)
+    config = tiny.config(tmp_path, learner={"dtype": "bfloat16"}, optimizer={"lr": 1e-6})
+    policy = Policy(config)
+    assert {tensor.dtype for _, tensor in policy.export()} == {torch.bfloat16}
+    masters = policy._optimizer.megatron.get_parameters()
+    assert {master.dtype for master in masters} == {torch.float32}
+    before = [master.detach().clone() for master in masters]
+    micros = tiny.micro_batches(LENGTHS)
+    seen: list[torch.Tensor] = []
+    logprobs = policy.logprobs(micros[0])
+    policy.update(micros, _keeping(seen))
+    assert torch.equal(seen[0], logprobs)
+    assert logprobs.dtype is torch.float32
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy._optimizer.megatron.get_parameters(), strict=True))
+
+
+def _both(kind: str, path: Path, **changes: Any) -> tuple[Policy, Any]:
+    tiny.build(path, kind)
+    reference = tiny.reference_class(kind).from_pretrained(path, dtype=torch.float32)
+    return Policy(tiny.config(path, sampling={"temperature": TEMPERATURE}, **changes)), reference
+
+
+def _keeping(seen: list[torch.Tensor]) -> Any:
+    def loss(micro: Any, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        seen.append(logprobs.detach().clone())
+        return tiny.masked_mean_loss(micro, logprobs, entropy)
+
+    return loss
+
+
+def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    """The gradients that the last update summed, under Hugging Face names."""
+    from learner.megatron.convert import conversions
+
+    main = {name: parameter.main_grad for name, parameter in policy._model.module.named_parameters()}
+    gradients = {}
+    for row in conversions(policy._shape):
+        gradients |= dict(zip(row.hugging_face, row.split(main[row.megatron].clone()), strict=True))
+    return gradients
+
+
+def _grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _per_expert(gradients: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The gradient of a saved tensor; transformers keeps the experts of a layer in one."""
+    if ".experts." not in name:
+        return gradients[name]
+    layer, rest = name.split(".experts.")
+    expert, projection, _ = rest.split(".")
+    if projection == "down_proj":
+        return gradients[f"{layer}.experts.down_proj"][int(expert)]
+    gate, up = gradients[f"{layer}.experts.gate_up_proj"][int(expert)].chunk(2)
+    return gate if projection == "gate_proj" else up

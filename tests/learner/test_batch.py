@@ -1,0 +1,151 @@
+"""Advantages and packing."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import wire
+from common.config import Config, LossConfig
+from common.versions import Lineages, Version
+from learner.advantage import group_advantages
+from learner.batch import Sequence, completion_staleness, group_sequences, pack
+
+
+def test_advantages_are_written_out_for_one_group() -> None:
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([True, True, True, True]))
+    expected = 0.5 / (math.sqrt(1 / 3) + 1e-6)
+    assert advantages.tolist() == pytest.approx([expected, -expected, -expected, expected])
+
+
+def test_a_failed_grade_is_in_no_statistic() -> None:
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 99.0]), torch.tensor([True, True, False]))
+    expected = 0.5 / (math.sqrt(0.5) + 1e-6)
+    assert advantages.tolist() == pytest.approx([expected, -expected, 0.0])
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=32))
+def test_advantages_are_centred_and_fewer_than_two_grades_teach_nothing(pairs: list[tuple[float, bool]]) -> None:
+    rewards = torch.tensor([reward for reward, _ in pairs], dtype=torch.float64)
+    graded = torch.tensor([known for _, known in pairs])
+    advantages = group_advantages(rewards, graded)
+    assert torch.isfinite(advantages).all()
+    assert (advantages[~graded] == 0).all()
+    assert abs(float(advantages.sum())) < 1e-6 * len(pairs)
+    if int(graded.sum()) < 2:
+        assert not advantages.any()
+
+
+def sequence(prompt: int, response: int, tag: int = 0) -> Sequence:
+    return Sequence(
+        prompt=np.full(prompt, tag, np.int32),
+        response=np.arange(response, dtype=np.int32),
+        generator_logprobs=np.full(response, -0.5, np.float32),
+        advantage=float(tag),
+        staleness=tag,
+    )
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 40)), min_size=1, max_size=60),
+    room=st.integers(60, 200),
+)
+def test_packing_loses_nothing_and_keeps_the_budget(lengths: list[tuple[int, int]], room: int) -> None:
+    sequences = [sequence(prompt, response, tag) for tag, (prompt, response) in enumerate(lengths)]
+    micros = pack(sequences, room)
+    assert all(micro.num_tokens <= room for micro in micros)
+    assert sorted(int(a) for micro in micros for a in micro.advantages) == list(range(len(lengths)))
+    for micro in micros:
+        starts = micro.sequence_starts.tolist()
+        for i, tag in enumerate(int(a) for a in micro.advantages):
+            prompt, response = lengths[tag]
+            span = slice(starts[i], starts[i + 1])
+            assert micro.position_ids[span].tolist() == list(range(prompt + response))
+            assert micro.response_mask[span].tolist() == [False] * prompt + [True] * response
+            assert micro.token_ids[span].tolist() == [tag] * prompt + list(range(response))
+            assert (micro.sequence_of_token[span] == i).all()
+            assert int(micro.staleness[i]) == tag
+        assert torch.isnan(micro.generator_logprobs[~micro.response_mask]).all()
+        assert not torch.isnan(micro.generator_logprobs[micro.response_mask]).any()
+    assert [m.token_ids.tolist() for m in pack(sequences, room)] == [m.token_ids.tolist() for m in micros]
+
+
+def test_a_sequence_longer_than_a_micro_batch_is_refused_with_both_numbers() -> None:
+    with pytest.raises(ValueError, match=r"found a sequence of 30 tokens, expected at most .* = 20"):
+        pack([sequence(10, 20)], 20)
+
+
+def completion(spans: list[tuple[int, int, int]], reason: wire.FinishReason = wire.FinishReason.STOP) -> wire.Completion:
+    num = spans[-1][0]
+    return wire.Completion(
+        token_ids=wire.int_bytes(list(range(num))),
+        logprobs=wire.float_bytes([-0.1] * num),
+        versions=wire.span_bytes([wire.VersionSpan(end, Version(lineage, number)) for end, lineage, number in spans]),
+        finish_reason=reason,
+        seed=0,
+    )
+
+
+def test_a_completion_is_as_old_as_its_oldest_token() -> None:
+    lineages = Lineages()
+    assert completion_staleness(completion([(3, 0, 5), (9, 0, 7)]), Version(0, 8), lineages) == 3
+    assert completion_staleness(completion([(9, 0, 8)]), Version(0, 8), lineages) == 0
+
+
+def test_a_token_of_an_abandoned_lineage_is_older_than_its_number_says() -> None:
+    """Lineage 1 branched from 0.10; a token of 0.13 is three updates off that path, and the learner two along it."""
+    lineages = Lineages().opened_at(Version(0, 10))
+    assert completion_staleness(completion([(4, 0, 13)]), Version(1, 12), lineages) == 5
+    assert completion_staleness(completion([(4, 0, 9)]), Version(1, 12), lineages) == 3
+
+
+def training_group(rewards: list[float | None], reasons: list[wire.FinishReason]) -> wire.TrainingGroup:
+    completions = tuple(completion([(3 + i, 0, 0)], reason) for i, reason in enumerate(reasons))
+    grades = tuple(
+        wire.Grade(outcome=wire.Outcome.TIMEOUT, correct=0.0, reward=0.0)
+        if reward is None
+        else wire.Grade(outcome=wire.Outcome.CORRECT if reward else wire.Outcome.WRONG, correct=reward, reward=reward)
+        for reward in rewards
+    )
+    prompt = wire.Prompt(id="set:1", source="set", token_ids=wire.int_bytes([4, 5]), answer="7", reward="exact")
+    group = wire.Group(
+        key=wire.LeaseKey(1, 1),
+        generator="generator-0",
+        prompt_id=prompt.id,
+        answer=prompt.answer,
+        reward=prompt.reward,
+        completions=completions,
+        seconds=0.1,
+    )
+    return wire.TrainingGroup(prompt=prompt, scored=wire.ScoredGroup(group=group, grades=grades, verifier="verifier-0"))
+
+
+def test_what_failed_or_was_cut_is_kept_out_of_the_loss_as_configured() -> None:
+    reasons = [wire.FinishReason.STOP, wire.FinishReason.LENGTH, wire.FinishReason.STOP, wire.FinishReason.STOP]
+    training = training_group([1.0, 0.0, None, 0.0], reasons)
+    rng = np.random.default_rng(0)
+
+    def lengths(config: Config) -> list[int]:
+        return [len(s.response) for s in group_sequences(training, config, Version(0, 1), Lineages(), rng)]
+
+    assert lengths(Config()) == [3, 4, 6]
+    assert lengths(Config(loss=LossConfig(truncated="mask"))) == [3, 6]
+
+
+def test_shuffled_rewards_are_the_same_rewards_in_another_order() -> None:
+    rewards: list[float | None] = [1.0] * 8 + [0.0] * 8
+    training = training_group(rewards, [wire.FinishReason.STOP] * 16)
+    config = Config(loss=LossConfig(shuffle_rewards=True))
+    orders = {
+        tuple(
+            s.advantage > 0
+            for s in group_sequences(training, config, Version(0, 0), Lineages(), np.random.default_rng(seed))
+        )
+        for seed in range(8)
+    }
+    assert len(orders) > 1
+    assert all(sum(order) == 8 for order in orders)

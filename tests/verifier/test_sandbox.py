@@ -1,0 +1,190 @@
+"""Grading processes that hang, die, eat memory and talk nonsense."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+
+from common.config import VerifierConfig
+from common.errors import ConfigError, SluiceError
+from common.wire import Grade, Outcome
+from verifier.sandbox import Sandbox
+from verifier.tasks import Task
+
+HOSTILE = (sys.executable, str(Path(__file__).with_name("hostile_worker.py")))
+T = TypeVar("T")
+
+
+def _in_sandbox(body: Callable[[Sandbox], Awaitable[T]], **values: Any) -> T:
+    async def run() -> T:
+        config = VerifierConfig(**{"deadline_s": 3.0, **values})
+        async with Sandbox(config, command=HOSTILE) as sandbox:
+            return await body(sandbox)
+
+    return asyncio.run(run())
+
+
+def _outcomes(grades: tuple[Grade, ...]) -> list[Outcome]:
+    return [grade.outcome for grade in grades]
+
+
+def _workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_grade_that_hangs_is_killed_and_is_a_timeout_while_its_neighbours_are_graded() -> None:
+    async def body(sandbox: Sandbox) -> tuple[tuple[Grade, ...], dict[Outcome, int]]:
+        tasks = [Task("math", "42", "42"), Task("sleep", "", "600"), Task("math", "42", "41"), Task("sleep", "", "0")]
+        return await sandbox.grade(tasks), sandbox.num_failures
+
+    began = time.monotonic()
+    grades, num_failures = _in_sandbox(body, deadline_s=0.5)
+    assert _outcomes(grades) == [Outcome.CORRECT, Outcome.TIMEOUT, Outcome.WRONG, Outcome.CORRECT]
+    assert num_failures == {Outcome.TIMEOUT: 1, Outcome.ERROR: 0}
+    assert time.monotonic() - began < 8
+
+
+def test_the_deadline_is_of_each_grade_and_not_of_the_group() -> None:
+    grades = _in_sandbox(lambda sandbox: sandbox.grade([Task("sleep", "", "0.3")] * 5), deadline_s=1.0)
+    assert _outcomes(grades) == [Outcome.CORRECT] * 5
+
+
+def test_a_grade_that_holds_the_interpreter_is_killed_too() -> None:
+    grades = _in_sandbox(lambda sandbox: sandbox.grade([Task("backtrack", "", "")]), deadline_s=0.5)
+    assert _outcomes(grades) == [Outcome.TIMEOUT]
+
+
+@pytest.mark.parametrize("reward", ["die", "bomb", "rubbish", "raw_bytes", "not_finite", "recurse", "unknown"])
+def test_a_worker_that_dies_or_answers_rubbish_is_an_error_and_replaced(reward: str) -> None:
+    async def body(sandbox: Sandbox) -> tuple[tuple[Grade, ...], int]:
+        grades = await sandbox.grade([Task("math", "1", "1"), Task(reward, "", ""), Task("math", "1", "1")])
+        return grades, sandbox.num_replaced
+
+    grades, num_replaced = _in_sandbox(body, memory_bytes=1 << 29)
+    assert _outcomes(grades) == [Outcome.CORRECT, Outcome.ERROR, Outcome.CORRECT]
+    assert [grade.reward for grade in grades] == [1.0, 0.0, 1.0]
+    assert num_replaced == 1
+
+
+def test_a_worker_killed_in_the_middle_of_a_grade_is_an_error() -> None:
+    async def body(sandbox: Sandbox) -> tuple[Grade, ...]:
+        grading = asyncio.create_task(sandbox.grade([Task("sleep", "", "600"), Task("math", "1", "1")]))
+        await asyncio.sleep(0.3)
+        _workers()[0].kill()
+        return await grading
+
+    assert _outcomes(_in_sandbox(body, deadline_s=5.0)) == [Outcome.ERROR, Outcome.CORRECT]
+
+
+def test_a_worker_that_died_while_it_had_nothing_to_do_costs_no_grade() -> None:
+    async def body(sandbox: Sandbox) -> tuple[Grade, ...]:
+        _workers()[0].kill()
+        await asyncio.sleep(0.3)
+        return await sandbox.grade([Task("math", "1", "1")])
+
+    assert _outcomes(_in_sandbox(body)) == [Outcome.CORRECT]
+
+
+def test_what_a_reward_prints_does_not_reach_the_grades() -> None:
+    grades = _in_sandbox(lambda sandbox: sandbox.grade([Task("chatty", "", "x"), Task("math", "1", "1")]))
+    assert _outcomes(grades) == [Outcome.CORRECT, Outcome.CORRECT]
+
+
+def test_a_worker_is_replaced_after_max_items() -> None:
+    async def body(sandbox: Sandbox) -> list[str]:
+        groups = [await sandbox.grade([Task("whoami", "", "")] * 2) for _ in range(4)]
+        return [grade.extracted for group in groups for grade in group]
+
+    pids = _in_sandbox(body, max_items=4)
+    assert pids[:4] == [pids[0]] * 4
+    assert pids[4:] == [pids[4]] * 4
+    assert pids[0] != pids[4]
+
+
+def test_groups_are_graded_at_the_same_time_by_as_many_workers_as_there_are() -> None:
+    async def body(sandbox: Sandbox) -> float:
+        began = time.monotonic()
+        await asyncio.gather(*(sandbox.grade([Task("sleep", "", "0.5")]) for _ in range(4)))
+        return time.monotonic() - began
+
+    assert 1.0 <= _in_sandbox(body, num_workers=2) < 1.9
+
+
+def test_a_large_group_of_long_texts_passes_through_the_pipe() -> None:
+    text = "no " * 100_000 + "\\boxed{42}"
+    grades = _in_sandbox(lambda sandbox: sandbox.grade([Task("math", "42", text)] * 16))
+    assert _outcomes(grades) == [Outcome.CORRECT] * 16
+
+
+def test_what_a_cancelled_group_leaves_behind_is_not_taken_for_the_next_groups_grades() -> None:
+    async def body(sandbox: Sandbox) -> tuple[Grade, ...]:
+        cancelled = asyncio.create_task(sandbox.grade([Task("sleep", "", "0.4")] * 3))
+        await asyncio.sleep(0.2)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        return await sandbox.grade([Task("math", "1", "2")])
+
+    assert _outcomes(_in_sandbox(body)) == [Outcome.WRONG]
+
+
+def test_no_worker_is_left_when_the_sandbox_ends_in_the_middle_of_a_grade() -> None:
+    async def body(sandbox: Sandbox) -> list[psutil.Process]:
+        grading = asyncio.create_task(sandbox.grade([Task("sleep", "", "600")]))
+        await asyncio.sleep(0.2)
+        workers = _workers()
+        grading.cancel()
+        return workers
+
+    workers = _in_sandbox(body, num_workers=2)
+    assert len(workers) == 2
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_an_answer_that_came_while_the_event_loop_stood_still_is_no_timeout() -> None:
+    async def body(sandbox: Sandbox) -> tuple[Grade, ...]:
+        grading = asyncio.create_task(sandbox.grade([Task("sleep", "", "0.1")]))
+        await asyncio.sleep(0.05)
+        time.sleep(1.0)  # noqa: ASYNC251
+        return await grading
+
+    assert _outcomes(_in_sandbox(body, deadline_s=0.5)) == [Outcome.CORRECT]
+
+
+def test_a_worker_is_limited_in_memory_files_and_core_dumps() -> None:
+    async def body(sandbox: Sandbox) -> list[tuple[int, int]]:
+        worker = _workers()[0]
+        return [worker.rlimit(kind) for kind in (psutil.RLIMIT_AS, psutil.RLIMIT_NOFILE, psutil.RLIMIT_CORE)]
+
+    assert _in_sandbox(body, memory_bytes=1 << 30) == [(1 << 30, 1 << 30), (64, 64), (0, 0)]
+
+
+def test_ctrl_c_is_left_to_the_verifier() -> None:
+    async def body(sandbox: Sandbox) -> tuple[Grade, ...]:
+        os.kill(_workers()[0].pid, signal.SIGINT)
+        return await sandbox.grade([Task("math", "1", "1")])
+
+    assert _outcomes(_in_sandbox(body)) == [Outcome.CORRECT]
+
+
+def test_too_little_memory_is_an_error_that_names_the_key() -> None:
+    async def body(sandbox: Sandbox) -> None:
+        pytest.fail("started")
+
+    with pytest.raises(ConfigError, match=r"verifier\.memory_bytes: found 67108864, expected at least \d+"):
+        _in_sandbox(body, memory_bytes=1 << 26)
+
+
+def test_a_command_that_is_no_worker_is_an_error() -> None:
+    async def run() -> None:
+        async with Sandbox(VerifierConfig(), command=(sys.executable, "-c", "pass")):
+            pytest.fail("started")
+
+    with pytest.raises(SluiceError, match="expected it to be ready"):
+        asyncio.run(run())

@@ -1,0 +1,210 @@
+"""The verifier as a process, between a generator and a ledger that the test plays over ZeroMQ."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common import wire
+from common.errors import RefusedError
+from common.transport import Client, Rendezvous, RunKeys, Service
+
+MakeRun = Callable[..., Path]
+MakeGroup = Callable[..., wire.Group]
+
+
+class Ledger:
+    """Answers as the ledger does, and remembers what it was told.
+
+    Attributes:
+        endpoint: Of the verifier that said hello.
+        scored: What it was sent.
+        beats: What the verifier's beats reported.
+        storing: Verdicts are held while it is not set.
+    """
+
+    def __init__(self, verdict: wire.Answer) -> None:
+        self._verdict = verdict
+        self.endpoint: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.scored: list[wire.ScoredGroup] = []
+        self.beats: list[wire.Beat] = []
+        self.storing = asyncio.Event()
+        self.storing.set()
+
+    async def handle(self, peer: bytes, request: wire.Request) -> wire.Answer:
+        match request:
+            case wire.Hello():
+                self.endpoint.set_result(request.endpoint)
+                return wire.Welcome(incarnation=1)
+            case wire.Beat():
+                self.beats.append(request)
+                return wire.BeatAnswer(cancelled=(), known=True)
+            case wire.ScoredGroup():
+                self.scored.append(request)
+                await self.storing.wait()
+                return self._verdict
+            case _:
+                return wire.Refused(reason="unexpected")
+
+
+def _start(run_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "verifier", str(run_dir), "verifier-0"], stderr=subprocess.PIPE, text=True
+    )
+
+
+@asynccontextmanager
+async def _running(
+    run_dir: Path, verdict: wire.Answer | None = None
+) -> AsyncIterator[tuple[subprocess.Popen[str], Ledger, Client]]:
+    keys = RunKeys.load(run_dir)
+    ledger = Ledger(verdict or wire.Verdict(status="stored"))
+    service = Service(ledger.handle, keys=keys)
+    async with service, asyncio.TaskGroup() as tasks:
+        serving = tasks.create_task(service.serve())
+        Rendezvous(address=service.endpoint, public_key=keys.public, incarnation=1).write(run_dir)
+        process = _start(run_dir)
+        try:
+            endpoint = await asyncio.wait_for(ledger.endpoint, 20)
+            async with Client(lambda: endpoint, keys=keys, name="verifier") as client:
+                yield process, ledger, client
+        finally:
+            process.kill()
+            process.communicate()
+            serving.cancel()
+
+
+def _run(body: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(30):
+            await body()
+
+    asyncio.run(limited())
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def test_a_group_is_decoded_graded_and_the_ledgers_verdict_relayed(make_run: MakeRun, make_group: MakeGroup) -> None:
+    run_dir = make_run()
+
+    async def body() -> None:
+        async with _running(run_dir, wire.Verdict(status="duplicate", reason="seen")) as (_, ledger, client):
+            assert await client.ask_once(wire.RoomRequest(num_groups=1), wire.Room) == wire.Room(num_groups=1)
+            group = make_group("so \\boxed{42}", "41", "I do not know. " * 20)
+            assert await client.ask_once(group, wire.Verdict) == wire.Verdict(status="duplicate", reason="seen")
+            (scored,) = ledger.scored
+            assert scored.group == group
+            assert scored.verifier == "verifier-0"
+            assert [grade.outcome for grade in scored.grades] == ["correct", "wrong", "unparsable"]
+            assert [grade.extracted for grade in scored.grades] == ["42", "41", ""]
+            await _until(lambda: sum(beat.stats.num_items for beat in ledger.beats if beat.stats) == 3)
+            newest = ledger.beats[-1].stats
+            assert newest is not None
+            assert newest.gauges == {"num_timeout": 0, "num_error": 0, "num_workers_replaced": 0}
+
+    _run(body)
+
+
+def test_a_group_that_is_sent_again_while_it_is_in_work_is_graded_once(
+    make_run: MakeRun, make_group: MakeGroup
+) -> None:
+    run_dir = make_run(max_groups=1)
+
+    async def body() -> None:
+        async with _running(run_dir) as (_, ledger, client):
+            ledger.storing.clear()
+            asking = [asyncio.create_task(client.ask_once(make_group("42"), wire.Verdict)) for _ in range(3)]
+            await _until(lambda: len(ledger.scored) == 1)
+            await asyncio.sleep(0.2)
+            ledger.storing.set()
+            assert await asyncio.gather(*asking) == [wire.Verdict(status="stored")] * 3
+            assert len(ledger.scored) == 1
+            await client.ask_once(make_group("42"), wire.Verdict)
+            assert len(ledger.scored) == 2
+
+    _run(body)
+
+
+def test_a_verifier_without_room_says_so_and_takes_no_group(make_run: MakeRun, make_group: MakeGroup) -> None:
+    run_dir = make_run(max_groups=2)
+
+    async def body() -> None:
+        async with _running(run_dir) as (_, ledger, client):
+            ledger.storing.clear()
+            assert await client.ask_once(wire.RoomRequest(num_groups=5), wire.Room) == wire.Room(num_groups=2)
+            held = [asyncio.create_task(client.ask_once(make_group("1", visit=v), wire.Verdict)) for v in (1, 2)]
+            await _until(lambda: len(ledger.scored) == 2)
+            assert await client.ask_once(wire.RoomRequest(num_groups=1), wire.Room) == wire.Room(num_groups=0)
+            with pytest.raises(RefusedError, match="no room"):
+                await client.ask_once(make_group("1", visit=3), wire.Verdict)
+            ledger.storing.set()
+            await asyncio.gather(*held)
+            assert await client.ask_once(wire.RoomRequest(num_groups=5), wire.Room) == wire.Room(num_groups=2)
+
+    _run(body)
+
+
+def test_the_ledgers_refusal_is_relayed_and_harms_nobody(make_run: MakeRun, make_group: MakeGroup) -> None:
+    run_dir = make_run()
+
+    async def body() -> None:
+        async with _running(run_dir, wire.Refused(reason="another run")) as (process, _, client):
+            with pytest.raises(RefusedError, match="another run"):
+                await client.ask_once(make_group("42"), wire.Verdict)
+            with pytest.raises(RefusedError, match="expected a request to a verifier"):
+                await client.ask_once(wire.Status(), wire.Verdict)
+            assert process.poll() is None
+
+    _run(body)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_verifier(make_run: MakeRun, make_group: MakeGroup, number: int) -> None:
+    run_dir = make_run(num_workers=2)
+
+    async def body() -> None:
+        async with _running(run_dir) as (process, ledger, client):
+            ledger.storing.clear()
+            asking = asyncio.create_task(client.ask_once(make_group("42"), wire.Verdict))
+            await _until(lambda: len(ledger.scored) == 1)
+            workers = psutil.Process(process.pid).children(recursive=True)
+            assert len(workers) == 2
+            os.kill(process.pid, number)
+            await _until(lambda: process.poll() is not None)
+            assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+            await _until(lambda: not any(worker.is_running() for worker in workers))
+            asking.cancel()
+
+    _run(body)
+
+
+def test_a_verifier_without_a_ledger_can_be_stopped(make_run: MakeRun) -> None:
+    process = _start(make_run())
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+        process.terminate()
+        assert process.wait(timeout=8) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_model_without_tokenizer_is_one_line_and_exit_code_2(make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir = make_run()
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    process = _start(run_dir)
+    _, message = process.communicate(timeout=10)
+    assert process.returncode == 2
+    assert message == f"sluice: {tmp_path / 'model' / 'tokenizer.json'}: not found, expected the model's tokenizer\n"
