@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 _TAIL_BYTES = 64 << 10
-_OWN = re.compile(r"^(?:\[\w+\]:)?sluice: (.+)$", re.MULTILINE)
-_EXCEPTION = re.compile(r"^(?:\[\w+\]:)?((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
+_OWN = re.compile(r"^(?:\[\w+\]: ?)?sluice: (.+)$", re.MULTILINE)
+_EXCEPTION = re.compile(r"^(?:\[\w+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
 _RANK_EXIT_CODE = re.compile(r"^\s*exitcode\s*:\s*(-?\d+)", re.MULTILINE)
 _TORCHRUN = "torch.distributed.elastic"
 

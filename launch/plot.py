@@ -8,7 +8,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from launch.progress import Row, number
 
@@ -41,6 +41,7 @@ def draw(rows: "Rows") -> bytes:
         _staleness(panels[0, 1], rows.steps)
         _clipping(panels[1, 0], rows.steps)
         _throughput(panels[1, 1], rows.steps)
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
         for panel in panels[1]:
             panel.set_xlabel("step")
         image = io.BytesIO()
@@ -71,6 +72,7 @@ def _staleness(panel: "Axes", rows: list[Row]) -> None:
     panel.step(_steps(rows), _column(rows, "staleness_max"), where="mid", color=_GREY, label="max")
     panel.set_ylim(bottom=0)
     panel.set_ylabel("versions")
+    panel.yaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend(loc="lower right")
 
 
@@ -84,7 +86,7 @@ def _clipping(panel: "Axes", rows: list[Row]) -> None:
         panel.plot(_steps(rows), values, color=color, alpha=0.25)
         panel.plot(_steps(rows), smooth(values), color=color, label=label)
     panel.set_ylim(bottom=0)
-    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     panel.legend(loc="upper left")
 
 

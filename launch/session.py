@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from common.transport import RunKeys
 from launch.builtin import build_once, tiny_directory, with_tiny_task
 from launch.checks import check_inputs
 from launch.display import Display
-from launch.plan import plan_processes, prepare_command
+from launch.plan import ProcessPlan, plan_processes, prepare_command
 from launch.processes import ProcessError, Supervisor, run_foreground
 from launch.progress import Progress
 from launch.report import write_report
@@ -41,7 +42,8 @@ def run(config: Config) -> int:
     directory = RunDirectory.claim(path)
     public_key = _prepare(config, directory, display)
     try:
-        return asyncio.run(_supervise(config, directory, display))
+        plans = plan_processes(config, directory.path)
+        return asyncio.run(supervise(plans, config, directory.path, display))
     finally:
         shutil.rmtree(published_weights(config, public_key), ignore_errors=True)
         if text := write_report(directory.path):
@@ -66,16 +68,16 @@ def _prepare(config: Config, directory: RunDirectory, display: Display) -> str:
     return keys.public
 
 
-async def _supervise(config: Config, directory: RunDirectory, display: Display) -> int:
+async def supervise(plans: list[ProcessPlan], config: Config, run_dir: Path, display: Display) -> int:
     """Watches the processes until the run is over; the first signal stops it in order, the second at once.
 
     Raises:
         ProcessError: A process failed for good.
     """
-    start_logging("launcher", directory.path)
+    start_logging("launcher", run_dir)
     supervisor = Supervisor(
-        plan_processes(config, directory.path),
-        directory.path,
+        plans,
+        run_dir,
         max_restarts=config.run.max_restarts,
         stop_timeout_s=config.run.stop_timeout_s,
         notice=display.notice,
@@ -94,7 +96,7 @@ async def _supervise(config: Config, directory: RunDirectory, display: Display) 
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    following = asyncio.create_task(display.follow(Progress(directory.path, config.steps)))
+    following = asyncio.create_task(display.follow(Progress(run_dir, config.steps)))
     try:
         await supervisor.run(stop)
     except ProcessError:

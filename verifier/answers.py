@@ -13,7 +13,7 @@ MAX_BARE: Final = 64
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BARE_BOX = re.compile(r"-?[\d.,]*\d|[a-zA-Z]")
 _HASHES = re.compile(r"####(.*)")
-_PHRASE = re.compile(r"\banswer\b\**(?:\s*:|\s+is\b\s*:?)\**\s*(.*)", re.IGNORECASE)
+_PHRASE = re.compile(r"\banswer\b\**(?:\s*:|\s+is\b\s*:?)\**\s*", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.;!?](?:\s|$)")
 _THINK, _UNTHINK = "<think>", "</think>"
 
@@ -28,8 +28,9 @@ def answer_in(text: str) -> str | None:
         return _in_box(said, boxes[-1].end())
     if found := _HASHES.findall(said):
         return _bare(found[-1])
-    if found := _PHRASE.findall(said):
-        return _bare(_SENTENCE_END.split(found[-1], maxsplit=1)[0])
+    if phrases := list(_PHRASE.finditer(said)):
+        line = said[phrases[-1].end() :].partition("\n")[0]
+        return _bare(_SENTENCE_END.split(line, maxsplit=1)[0])
     said = said.strip()
     return _bare(said) if len(said) <= MAX_BARE and "\n" not in said else None
 

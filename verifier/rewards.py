@@ -22,7 +22,7 @@ def exact(text: str, answer: str) -> Grade:
 def math(text: str, answer: str) -> Grade:
     """Correct where the answer found in the response is mathematically equal to the reference answer."""
     found = answer_in(text)
-    return _grade(found, bool(found) and equivalent(found or "", reference_in(answer)))
+    return _grade(found, found is not None and equivalent(found, reference_in(answer)))
 
 
 def _grade(found: str | None, correct: bool) -> Grade:

@@ -26,6 +26,7 @@ from verifier.tasks import HEAD_BYTES, MAX_ANSWER_BYTES, Ready, Task, frame
 WORKER: Final = (sys.executable, "-m", "verifier.worker")
 START_S: Final = 60.0
 STOP_S: Final = 5.0
+GRACE_S: Final = 0.05
 MIN_FREE_BYTES: Final = 64 << 20
 _ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -35,14 +36,14 @@ class Sandbox:
 
     Attributes:
         num_failures: Tasks that got no reward, by outcome, since the start.
-        num_replaced: Processes that were ended before the sandbox was, since the start.
+        num_replaced: Processes that took the place of one that failed, died or had done `max_items`, since the start.
     """
 
     def __init__(self, config: VerifierConfig, *, command: Sequence[str] = WORKER) -> None:
         """`command` starts a grading process; the limits are added to it."""
         self._config = config
         self._command = command
-        self._idle: asyncio.Queue[_Worker | None] = asyncio.Queue()
+        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._workers: set[_Worker] = set()
         self.num_failures = {Outcome.TIMEOUT: 0, Outcome.ERROR: 0}
         self.num_replaced = 0
@@ -71,32 +72,33 @@ class Sandbox:
         worker = await self._idle.get()
         try:
             while len(grades) < len(tasks):
-                if worker is None or not worker.is_alive:
-                    self._end(worker)
-                    worker = None
-                    worker = await self._start()
+                worker = await self._usable(worker)
                 grades += await self._grade_until_failure(worker, tasks[len(grades) :])
-                if not grades[-1].outcome.graded:
-                    self.num_failures[grades[-1].outcome] += 1
-                    self._end(worker)
-                    worker = None
         except BaseException:  # cancelled, most likely: what the process still writes belongs to nobody
-            self._end(worker)
-            worker = None
+            worker.kill()
             raise
         finally:
-            if worker is not None and worker.num_tasks >= self._config.max_items:
-                self._end(worker)
-                worker = None
             self._idle.put_nowait(worker)
         return tuple(grades)
+
+    async def _usable(self, worker: "_Worker") -> "_Worker":
+        """The worker, or its successor."""
+        if worker.is_alive and worker.num_tasks < self._config.max_items:
+            return worker
+        worker.kill()
+        successor = await self._start()
+        self.num_replaced += 1
+        return successor
 
     async def _grade_until_failure(self, worker: "_Worker", tasks: Sequence[Task]) -> list[Grade]:
         grades: list[Grade] = []
         worker.send(tasks)
         for _ in tasks:
-            grades.append(await worker.next_grade(self._config.deadline_s))
-            if not grades[-1].outcome.graded:
+            grade = await worker.next_grade(self._config.deadline_s)
+            grades.append(grade)
+            if not grade.outcome.graded:
+                self.num_failures[grade.outcome] += 1
+                worker.kill()
                 break
         return grades
 
@@ -106,7 +108,7 @@ class Sandbox:
             *self._command, *limits, stdin=PIPE, stdout=PIPE, env={**os.environ, **_ONE_THREAD}
         )
         worker = _Worker(process)
-        self._workers = {other for other in self._workers if other.is_alive} | {worker}
+        self._workers = {other for other in self._workers if not other.is_gone} | {worker}
         in_use = (await worker.ready(START_S)).address_space_bytes
         if in_use + MIN_FREE_BYTES > self._config.memory_bytes:
             raise ConfigError(
@@ -115,11 +117,6 @@ class Sandbox:
             )
         return worker
 
-    def _end(self, worker: "_Worker | None") -> None:
-        if worker is not None:
-            worker.kill()
-            self.num_replaced += 1
-
     async def _stop(self) -> None:
         for worker in self._workers:
             worker.kill()
@@ -127,7 +124,7 @@ class Sandbox:
             async with asyncio.timeout(STOP_S):
                 await asyncio.gather(*(worker.ended() for worker in self._workers))
         except TimeoutError:
-            num_left = sum(worker.is_alive for worker in self._workers)
+            num_left = sum(not worker.is_gone for worker in self._workers)
             logger().warning("workers_left", num_workers=num_left, waited_s=STOP_S)
 
 
@@ -139,11 +136,16 @@ class _Worker:
         assert process.stdout is not None
         self.num_tasks = 0
         self._process = process
+        self._is_killed = False
         self._tasks, self._grades = process.stdin, process.stdout
 
     @property
     def is_alive(self) -> bool:
-        return self._process.returncode is None
+        return not (self._is_killed or self.is_gone)
+
+    @property
+    def is_gone(self) -> bool:
+        return self._process.returncode is not None
 
     async def ready(self, deadline_s: float) -> Ready:
         try:
@@ -163,8 +165,9 @@ class _Worker:
         """The next grade; a failure where there is none, after which the process is of no use."""
         reading = asyncio.ensure_future(self._read())
         try:
-            # Unlike a cancelling timeout, this sees an answer that came while the event loop itself stood still.
-            await asyncio.wait([reading], timeout=deadline_s)
+            # The second wait is for an answer that came in time while the event loop itself stood still.
+            for wait_s in (deadline_s, GRACE_S):
+                await asyncio.wait([reading], timeout=wait_s)
             return _grade(reading.result()) if reading.done() else _failure(Outcome.TIMEOUT)
         except (asyncio.IncompleteReadError, msgspec.MsgspecError):
             return _failure(Outcome.ERROR)
@@ -172,6 +175,7 @@ class _Worker:
             reading.cancel()
 
     def kill(self) -> None:
+        self._is_killed = True
         with suppress(ProcessLookupError):
             self._process.kill()
 

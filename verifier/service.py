@@ -66,8 +66,10 @@ class VerifierService:
         try:
             await self._failed
         finally:
-            for task in self._in_work.values():
+            in_work = list(self._in_work.values())
+            for task in in_work:
                 task.cancel()
+            await asyncio.gather(*in_work, return_exceptions=True)
 
     async def _verdict(self, peer: bytes, group: wire.Group) -> wire.Answer:
         key = (group.key, group.generator)

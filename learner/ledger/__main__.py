@@ -52,17 +52,17 @@ async def serve(run_dir: Path, stop: asyncio.Event) -> None:
     ledger = LedgerService(store, config, run=keys.public, incarnation=incarnation)
     service = Service(ledger.handle, keys=keys, host=config.run.host, port=config.run.ledger_port)
     async with service, asyncio.TaskGroup() as tasks:
-        working = [tasks.create_task(service.serve()), tasks.create_task(ledger.keep_time())]
+        working = [tasks.create_task(service.serve()), tasks.create_task(ledger.keeper.keep_time())]
         Rendezvous(address=service.endpoint, public_key=keys.public, incarnation=incarnation).write(run_dir)
         seconds = time.time() - psutil.Process().create_time()
         logger().info("ready", seconds=round(seconds, 2), endpoint=service.endpoint, incarnation=incarnation)
         stopping = tasks.create_task(stop.wait())
-        await asyncio.wait([stopping, ledger.failed], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([stopping, ledger.keeper.failed], return_when=asyncio.FIRST_COMPLETED)
         for task in (*working, stopping):
             task.cancel()
     store.close()
-    if ledger.failed.done():
-        ledger.failed.result()
+    if ledger.keeper.failed.done():
+        ledger.keeper.failed.result()
     logger().info("stopped")
 
 

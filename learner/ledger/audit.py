@@ -8,7 +8,6 @@ from common.config import Config
 from common.layout import read_resolved
 from common.wire import VisitState
 from learner.ledger.store import Store
-from learner.ledger.visits import ENDED
 from learner.ledger.waits import run_waits_for
 
 
@@ -34,7 +33,7 @@ def audit(run_dir: Path) -> Audit:
     try:
         store.begin_reading()
         counts = dict(store.rows("SELECT state, COUNT(*) FROM visits GROUP BY state"))
-        wrong = _wrong(store, counts)
+        wrong = _wrong(store, config, counts)
         return Audit(_lines(store, config, counts), wrong)
     finally:
         store.close()
@@ -56,20 +55,30 @@ def _lines(store: Store, config: Config, counts: dict[str, int]) -> list[str]:
     return lines
 
 
-def _wrong(store: Store, counts: dict[str, int]) -> list[str]:
-    num_visits = store.head().num_visits
-    ended = ", ".join(f"'{state.value}'" for state in ENDED)
-    checks = {
-        "visits without a payload that a step needs": "SELECT COUNT(*) FROM visits "
-        "WHERE state IN ('scored', 'reserved') AND number NOT IN (SELECT visit FROM payloads)",
-        "payloads without a visit that needs them": "SELECT COUNT(*) FROM payloads WHERE visit NOT IN "
-        "(SELECT number FROM visits WHERE state IN ('scored', 'reserved', 'trained'))",
-        "visits that ended without a reason": f"SELECT COUNT(*) FROM visits WHERE state IN ({ended}, 'trained') "
-        "AND reason = ''",
-        "visits trained in no step": "SELECT COUNT(*) FROM visits WHERE state = 'trained' AND step = ''",
-        "leases without a holder": "SELECT COUNT(*) FROM visits WHERE (state = 'leased') != (holder != '')",
-    }
-    wrong = [f"{num} {what}" for what, query in checks.items() if (num := store.rows(query)[0][0])]
-    if (total := sum(counts.values())) != num_visits:
-        wrong.append(f"the states sum to {total}, expected {num_visits} visits handed out")
+_CHECKS = {
+    "visits without a payload that a step needs": "SELECT COUNT(*) FROM visits "
+    "WHERE state IN ('scored', 'reserved') AND number NOT IN (SELECT visit FROM payloads)",
+    "payloads without a visit that needs them": "SELECT COUNT(*) FROM payloads WHERE visit NOT IN "
+    "(SELECT number FROM visits WHERE state IN ('scored', 'reserved', 'trained'))",
+    "visits without a reason": "SELECT COUNT(*) FROM visits WHERE reason = ''",
+    "visits in a step that have none, or the other way round": "SELECT COUNT(*) FROM visits "
+    "WHERE (state IN ('reserved', 'trained')) != (step != '')",
+    "leases without a holder": "SELECT COUNT(*) FROM visits WHERE (state = 'leased') != (holder != '')",
+}
+
+
+def _wrong(store: Store, config: Config, counts: dict[str, int]) -> list[str]:
+    wrong = [f"{num} {what}" for what, query in _CHECKS.items() if (num := store.rows(query)[0][0])]
+    head = store.head()
+    if (total := sum(counts.values())) != head.num_visits:
+        wrong.append(f"the states sum to {total}, expected {head.num_visits} visits handed out")
+    sizes = store.rows(
+        "SELECT state, step, COUNT(*) FROM visits WHERE state IN ('reserved', 'trained') GROUP BY state, step"
+    )
+    for state, step, num in sizes:
+        if num != config.groups_per_step:
+            wrong.append(f"{num} visits are {state} from {step}, expected groups_per_step = {config.groups_per_step}")
+    num_steps = sum(state == VisitState.TRAINED for state, _, _ in sizes)
+    if head.current is not None and num_steps != head.current.number:
+        wrong.append(f"the visits of {num_steps} steps are trained, expected {head.current.number}")
     return wrong

@@ -1,11 +1,13 @@
 """Files of prompts: JSONL and Parquet, with columns `prompt` and `answer`, or verl's."""
 
+import codecs
 import hashlib
-import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -61,17 +63,18 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _object(line, f"{path}:{number}")
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if text.strip():
+                    yield number, _object(text, f"{path}:{number}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: broken JSON: {error}") from error
+        values = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: broken JSON: {error}, expected one object in UTF-8 on each line") from error
     if not isinstance(values, dict):
         raise DataError(f"{where}: found {_kind(values)}, expected an object with columns prompt and answer")
     return values
@@ -110,10 +113,10 @@ def _refuse_columns(names: list[str], where: str) -> None:
 
 
 def _prompt(value: Any, where: str) -> str | list[dict[str, str]]:
-    if isinstance(value, str):
+    if isinstance(value, str) and value.strip():
         return value
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: prompt: found {_kind(value)}, expected a string or chat messages")
+        raise DataError(f"{where}: prompt: found {_kind(value)}, expected text or chat messages")
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(
@@ -129,12 +132,17 @@ def _ground_truth(value: Any, where: str) -> Any:
 
 
 def _answer(value: Any, where: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
-        raise DataError(f"{where}: answer: found {_kind(value)}, expected a string or a number")
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise DataError(f"{where}: answer: found {_kind(value)}, expected text or a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where}: answer: found {value}, expected text or a finite number")
     return str(value)
 
 
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
-    return f"an empty {type(value).__name__}" if value in ("", [], {}) else f"a {type(value).__name__}"
+    kind = {"str": "string", "bool": "boolean", "dict": "object", "int": "number", "float": "number"}
+    name = kind.get(type(value).__name__, type(value).__name__)
+    empty = not value.strip() if isinstance(value, str) else value in ([], {})
+    return f"an empty {name}" if empty else f"an {name}" if name == "object" else f"a {name}"

@@ -47,7 +47,11 @@ class Process:
 
 
 class Fleet:
-    """All processes that are alive, by name."""
+    """All processes that are alive, by name.
+
+    Attributes:
+        num_sampled: Tokens that generators have reported since the ledger started.
+    """
 
     def __init__(self, members: list[tuple[str, str, str]], now: float) -> None:
         """`members` are name, role and endpoint of those who were alive when the ledger was last."""
@@ -55,6 +59,7 @@ class Fleet:
             name: Process(role=wire.Role(role), name=name, endpoint=endpoint, joined_at=now, heard_at=now)
             for name, role, endpoint in members
         }
+        self.num_sampled = 0
 
     def __contains__(self, name: str) -> bool:
         """Whether the process is known."""
@@ -73,6 +78,7 @@ class Fleet:
             return False
         process.heard_at = now
         if beat.stats is not None:
+            self.num_sampled += beat.stats.num_tokens if process.role is wire.Role.GENERATOR else 0
             process.stats.append(beat.stats)
             while process.stats[0].interval.end < now - RATE_WINDOW_S and len(process.stats) > 1:
                 process.stats.popleft()

@@ -92,8 +92,7 @@ def _template(path: Path) -> ChatTemplate | None:
     config = _read_json(path / "tokenizer_config.json", "") if (path / "tokenizer_config.json").exists() else {}
     legacy = path / "special_tokens_map.json"
     special = {**(_read_json(legacy, "") if legacy.exists() else {}), **config}
-    file = path / "chat_template.jinja"
-    text = file.read_text() if file.exists() else config.get("chat_template")
+    text = _read_text(path / "chat_template.jinja") or config.get("chat_template")
     if isinstance(text, list):
         text = next((entry["template"] for entry in text if entry.get("name") == "default"), None)
     if text is None:
@@ -102,6 +101,16 @@ def _template(path: Path) -> ChatTemplate | None:
         return ChatTemplate(text, {k: _token(special[k]) for k in _SPECIAL if special.get(k) is not None})
     except jinja2.TemplateError as error:
         raise ModelError(f"{path}: broken chat template: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file; empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
 
 
 def _token(value: str | dict[str, Any]) -> str:

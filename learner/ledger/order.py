@@ -32,6 +32,8 @@ class DataOrder:
 
     def prompt(self, position: int) -> int:
         """The row of the prompt at a position."""
+        if len(self._files) == 1:
+            return self._row(0, position)
         if position < self._position:
             self._restart()
         while True:

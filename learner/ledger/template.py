@@ -44,7 +44,8 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
         environment.filters["tojson"] = _tojson
-        environment.globals.update({"raise_exception": _raise_exception, "strftime_now": _strftime_now})
+        functions: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        environment.globals.update(functions)
         self._template = environment.from_string(text)
         self._special_tokens = special_tokens
 
@@ -55,7 +56,10 @@ class ChatTemplate:
             jinja2.TemplateError: The template refuses the messages.
         """
         values = {**self._special_tokens, "tools": None, "documents": None, "add_generation_prompt": True, **kwargs}
-        return self._template.render(messages=messages, **values)
+        try:
+            return self._template.render(messages=messages, **values)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 def _raise_exception(message: str) -> None:

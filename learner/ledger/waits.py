@@ -1,4 +1,4 @@
-"""What a run waits for, in words."""
+"""What a run waits for, in words that change as long as it gets on: who waits for too long for the same may give up."""
 
 from common.config import Config
 from common.wire import Manifest, Role, VisitState
@@ -39,13 +39,14 @@ def batch_waits_for(config: Config, ledger: Ledger, fleet: Fleet | None) -> str:
         leased, waiting = accounts[VisitState.LEASED], accounts[VisitState.WAITING]
         groups = "group" if missing == 1 else "groups"
         text = f"{missing} more {groups} at version {ledger.track.current}: {leased} leased, {waiting} given back"
-    return text + _absent(fleet)
+        text += f", {accounts[VisitState.FILTERED]} filtered so far"
+    return text + _news(fleet)
 
 
 def evaluation_waits_for(evaluations: Evaluations, fleet: Fleet | None) -> str:
     """What keeps evaluations from being finished."""
     versions = ", ".join(str(version) for version in sorted(evaluations.versions()))
-    return f"{evaluations.num_pending} more groups of the evaluation of {versions}" + _absent(fleet)
+    return f"{evaluations.num_pending} more groups of the evaluation of {versions}" + _news(fleet)
 
 
 def lease_waits_for(config: Config, ledger: Ledger, behind: int) -> str:
@@ -63,8 +64,9 @@ def lease_waits_for(config: Config, ledger: Ledger, behind: int) -> str:
     )
 
 
-def _absent(fleet: Fleet | None) -> str:
+def _news(fleet: Fleet | None) -> str:
+    """Who is absent, or else how much was sampled: a long completion is no standstill."""
     if fleet is None:
         return ""
     absent = [role for role in (Role.GENERATOR, Role.VERIFIER) if not fleet.count(role)]
-    return "".join(f"; no {role} is alive" for role in absent)
+    return "".join(f"; no {role} is alive" for role in absent) or f"; {fleet.num_sampled} tokens sampled"

@@ -87,14 +87,14 @@ class PackedAttention(MegatronModule):
         """The attended values, heads side by side."""
         del attention_mask, attn_mask_type, attention_bias
         assert packed_seq_params is not None
-        sizes = [run.num_sequences * run.length for run in packed_seq_params.runs]
-        parts = zip(*(tensor.split(sizes) for tensor in (query, key, value)), strict=True)
-        outputs = [self._attend(*part, run) for part, run in zip(parts, packed_seq_params.runs, strict=True)]
-        return torch.cat(outputs).flatten(1)
+        runs = packed_seq_params.runs
+        sizes = [run.num_sequences * run.length for run in runs]
+        parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), runs, strict=True)
+        return torch.cat([self._attend(*part) for part in parts]).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, run: Run) -> Tensor:
-        batched = [t.unflatten(0, run).transpose(1, 2) for t in (query, key, value)]
-        output = F.scaled_dot_product_attention(*batched, is_causal=True, scale=self._scale, enable_gqa=True)
+        q, k, v = (t.unflatten(0, run).transpose(1, 2) for t in (query, key, value))
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=True)
         return output.transpose(1, 2).flatten(0, 1)
 
     def sharded_state_dict(

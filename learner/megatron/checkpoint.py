@@ -1,6 +1,6 @@
 """The whole of a training state as one of Megatron's distributed checkpoints: it can be read by another layout."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,  # pyright: ignore[reportPrivateUsage]
     mcore_to_pyt_state_dict,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_sharded
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,7 +28,7 @@ from learner.megatron.optimizer import Optimizer
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def save(path: Path, model: GPTModel, optimizer: Optimizer) -> None:
+def save(path: Path, model: MegatronModule, optimizer: Optimizer) -> None:
     """Writes a directory, which is made.
 
     Raises:
@@ -40,16 +40,17 @@ def save(path: Path, model: GPTModel, optimizer: Optimizer) -> None:
         dist_checkpointing.save(state, str(path), _InProcess("torch_dist", 1), content_metadata=dict(_FORMAT))
 
 
-def load(path: Path, model: GPTModel, optimizer: Optimizer) -> None:
+def load(path: Path, model: MegatronModule, optimizer: Optimizer) -> None:
     """Sets model, optimizer, schedule and random states to what a directory holds.
 
     Raises:
         RunDirectoryError: It is missing, broken, or of another model.
     """
     with _one_line(path, "read"):
-        state: dict[str, Any] = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
+        state: Any = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
     model.load_state_dict(state["model"])
     optimizer.megatron.load_state_dict(state["optimizer"])
+    optimizer.schedule.num_steps = 0  # it adds what it loads
     optimizer.schedule.load_state_dict(state["schedule"])
     _set_random_states(state["random"])
 
@@ -57,7 +58,9 @@ def load(path: Path, model: GPTModel, optimizer: Optimizer) -> None:
 class _InProcess(SaveShardedStrategy):
     """Megatron's format, written by this process: Megatron's own writer forks, which is no good beside ZeroMQ."""
 
-    can_handle_sharded_objects = True
+    @property
+    def can_handle_sharded_objects(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return True
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
         renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
@@ -66,7 +69,7 @@ class _InProcess(SaveShardedStrategy):
         save_sharded(mcore_to_pyt_state_dict(renamed, False), storage_writer=writer, planner=planner)
 
 
-def _state(model: GPTModel, optimizer: Optimizer, *, loading: bool) -> dict[str, Any]:
+def _state(model: MegatronModule, optimizer: Optimizer, *, loading: bool) -> dict[str, Any]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {**_FORMAT, "dp_cp_group": group}
     weights = model.sharded_state_dict(metadata=metadata)
@@ -83,7 +86,7 @@ def _random_states() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": _tracker().get_states(),
     }
 
 
@@ -91,11 +94,15 @@ def _set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["megatron"])
+    _tracker().set_states(states["megatron"])
+
+
+def _tracker() -> Any:
+    return get_cuda_rng_tracker()
 
 
 @contextmanager
-def _one_line(path: Path, verb: str) -> Iterator[None]:
+def _one_line(path: Path, verb: str) -> Generator[None]:
     try:
         yield
     except (OSError, CheckpointingException, CheckpointException) as error:

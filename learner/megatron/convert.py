@@ -108,9 +108,7 @@ def _alone(megatron: str, hugging_face: str) -> Conversion:
 def _qkv(megatron: str, names: tuple[str, ...], shape: ModelShape) -> Conversion:
     groups, heads = shape.num_key_value_heads, shape.num_attention_heads
     rows = [heads // groups * shape.channels, shape.channels, shape.channels]
-    return Conversion(
-        megatron, names, partial(_split_qkv, groups=groups, rows=rows), partial(_join_qkv, groups=groups)
-    )
+    return Conversion(megatron, names, partial(_split_qkv, groups=groups, rows=rows), partial(_join_qkv, groups=groups))
 
 
 def _split_qkv(fused: Tensor, *, groups: int, rows: list[int]) -> list[Tensor]:

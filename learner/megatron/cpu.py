@@ -20,7 +20,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType, SimpleNamespace
@@ -47,7 +47,7 @@ def _declare_torchvision_operators() -> None:
         return
     if importlib.util.find_spec("torchvision") is None or "+cpu" in importlib.metadata.version("torchvision"):
         return
-    library = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _LIBRARIES.append(library)
@@ -73,6 +73,9 @@ class _Stream:
 
     def query(self) -> bool:
         return True
+
+    def record_event(self, event: "_Stream | None" = None) -> "_Stream":
+        return event or _Stream()
 
     def elapsed_time(self, end: "_Stream") -> float:
         del end
@@ -134,7 +137,7 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
 class _Rewriter(ast.NodeTransformer):
     """Rewrites one source as the module's docstring says; f-strings, which are messages, stay."""
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:  # noqa: N802
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         self.generic_visit(node)
         if isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr == "cuda":
             return ast.copy_location(ast.Name(_NAMESPACE, node.ctx), node)
@@ -142,7 +145,7 @@ class _Rewriter(ast.NodeTransformer):
             node.attr = "is_cpu"
         return node
 
-    def visit_Call(self, node: ast.Call) -> ast.expr:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> ast.expr:
         method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
         if method == "barrier":
             node.keywords = [k for k in node.keywords if k.arg != "device_ids"]
@@ -154,7 +157,7 @@ class _Rewriter(ast.NodeTransformer):
             node.func.attr, node.args, node.keywords = "cpu", [], []
         return node
 
-    def visit_Constant(self, node: ast.Constant) -> ast.expr:  # noqa: N802
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
         value = node.value
         if value == "cuda":
             return ast.copy_location(ast.Constant("cpu"), node)
@@ -162,7 +165,7 @@ class _Rewriter(ast.NodeTransformer):
             return ast.copy_location(ast.Constant(value.replace("cuda.", "")), node)
         return node
 
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:  # noqa: N802
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
         return node
 
 
@@ -185,9 +188,7 @@ class _Loader(SourceFileLoader):
 class _Finder(MetaPathFinder):
     """Finds what is below `megatron.core`, and gives it the rewriting loader."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _PACKAGE and not fullname.startswith(f"{_PACKAGE}."):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -196,69 +197,9 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-class FusedAdam(torch.optim.Optimizer):
-    """AdamW in the form of TransformerEngine's: the step counter is the group's, the state two float32 moments.
-
-    Megatron-core's distributed optimizer can save and load its state only in this form.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-    ) -> None:
-        assert adam_w_mode, "only decoupled weight decay"
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all groups."""
-        assert closure is None
-        for group in self.param_groups:
-            if not group["params"]:
-                continue
-            group["step"] = int(group.get("step") or 0) + 1
-            self._step_group(group, [p for p in group["params"] if p.grad is not None])
-
-    def _step_group(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        correction1 = 1 - beta1 ** group["step"]
-        correction2 = 1 - beta2 ** group["step"]
-        for param in params:
-            state = self.state[param]
-            if not state:
-                state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
-            assert param.grad is not None
-            state["exp_avg"].lerp_(param.grad, 1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
-            root = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-            param.addcdiv_(state["exp_avg"], root, value=-group["lr"] / correction1)
-
-
-def _use_fused_adam(module: Any) -> None:
-    if module.USING_PYTORCH_OPTIMIZER:
-        module.Adam, module.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-
-
-def _expect_fused_adam(module: Any) -> None:
-    if not module.HAVE_APEX_OR_TE:
-        module.Adam, module.HAVE_APEX_OR_TE, module.USING_TE_OPTIMIZER = FusedAdam, True, True
-
-
 def _use_cpu_generator(module: Any) -> None:
     module._get_cuda_rng_state, module._set_cuda_rng_state = _get_rng_state, _set_rng_state
     logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
-
-
-def _define_general_gemm(module: Any) -> None:
-    if not hasattr(module, "te_general_gemm"):  # a name that 0.16.1 reads without TransformerEngine, too
-        module.te_general_gemm = None
 
 
 def _switch_off_compilation(module: Any) -> None:
@@ -268,8 +209,5 @@ def _switch_off_compilation(module: Any) -> None:
 _DEVICE = _Namespace()
 _MENDS: dict[str, Callable[[Any], None]] = {
     "megatron.core.jit": _switch_off_compilation,
-    "megatron.core.optimizer": _use_fused_adam,
-    "megatron.core.optimizer.distrib_optimizer": _expect_fused_adam,
     "megatron.core.tensor_parallel.random": _use_cpu_generator,
-    "megatron.core.transformer.moe.moe_utils": _define_general_gemm,
 }

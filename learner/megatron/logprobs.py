@@ -11,8 +11,11 @@ CHUNK_ELEMENTS = 1 << 24
 
 
 def token_logprobs(
-    logits: Float[Tensor, "tokens vocab"], token_ids: Int[Tensor, "tokens"], starts: Int[Tensor, "sequences"], temperature: float
-) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
+    logits: Float[Tensor, "tokens vocab"],
+    token_ids: Int[Tensor, " tokens"],
+    starts: Int[Tensor, " sequences"],
+    temperature: float,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """Logprob of each token given those before it, and entropy of the distribution that it was drawn from; float32.
 
     Both are 0 for the first token of each sequence. The logprobs have a gradient, the entropies have none.
@@ -34,8 +37,8 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Float[Tensor, "tokens vocab"], token_ids: Int[Tensor, "tokens"], temperature: float
-    ) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
+        ctx: Any, logits: Float[Tensor, "tokens vocab"], token_ids: Int[Tensor, " tokens"], temperature: float
+    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
         ctx.save_for_backward(logits, token_ids)
         ctx.temperature = temperature
         logprobs = torch.zeros(len(token_ids), dtype=torch.float32, device=logits.device)
@@ -49,7 +52,7 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Float[Tensor, "tokens"], _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Float[Tensor, " tokens"], _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         logits, token_ids = ctx.saved_tensors
         grad_logits = torch.zeros_like(logits)
         for rows, tokens in _chunks(logits):

@@ -19,11 +19,10 @@ def build_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> 
     """A model whose weights are not set yet."""
     config = transformer_config(shape, dtype)
     layers = get_num_layers_to_build(config)
+    block: Any = TransformerBlockSubmodules
     model = GPTModel(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[_layer_spec(shape)] * layers, layer_norm=RMSNorm
-        ),
+        transformer_layer_spec=block(layer_specs=[_layer_spec(shape)] * layers, layer_norm=RMSNorm),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),

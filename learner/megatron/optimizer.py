@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from common.config import Config
@@ -29,7 +29,7 @@ class Optimizer:
     def __init__(self, config: Config, model: DistributedDataParallel, dtype: torch.dtype) -> None:
         """The model's weights must be set: the masters are taken from them."""
         options = config.optimizer
-        self.megatron: MegatronOptimizer = get_megatron_optimizer(
+        self.megatron: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
                 lr=options.lr,
@@ -44,6 +44,8 @@ class Optimizer:
             ),
             [model],
         )
+        for part in self.megatron.chained_optimizers:  # so that there is a state to save before the first update
+            part.init_state_fn(part.optimizer, part.config)
         warmup = options.warmup_steps * config.updates_per_step
         self.schedule = OptimizerParamScheduler(
             self.megatron,

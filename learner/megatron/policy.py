@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,7 @@ from learner.megatron.logprobs import token_logprobs
 from learner.megatron.model import build_model
 from learner.megatron.optimizer import Optimizer, wrap_model
 from learner.megatron.shape import read_shape
+from learner.megatron.substitutes import substitute_transformer_engine
 from learner.megatron.weights import WeightFiles
 
 Loss = Callable[[MicroBatch, Tensor, Tensor], Tensor]
@@ -56,11 +58,13 @@ class Policy:
         self._shape = read_shape(Path(config.model))
         files = WeightFiles(Path(config.model))
         parallel.initialize(config.seed)
+        substitute_transformer_engine()
         self._device = parallel.compute_device()
         self._temperature = config.sampling.temperature
         dtype = torch.bfloat16 if config.learner.dtype == "bfloat16" else torch.float32
         model = build_model(self._shape, dtype, self._device)
         import_weights(model, self._shape, files)
+        self._module = model
         self._model = wrap_model(model)
         self._optimizer = Optimizer(config, self._model, dtype)
         model.config.finalize_model_grads_func = _reduce_gradients
@@ -68,7 +72,7 @@ class Policy:
         self.vocab_size = self._shape.vocab_size
 
     @torch.no_grad()
-    def logprobs(self, micro: MicroBatch) -> Float[Tensor, "tokens"]:
+    def logprobs(self, micro: MicroBatch) -> Float[Tensor, " tokens"]:
         """Logprob of each token at the sampling temperature, on the CPU; 0 for the first token of a sequence.
 
         Bit for bit what `update` gives its loss for the same micro-batch before it changes the weights.
@@ -76,7 +80,7 @@ class Policy:
         return self._forward(micro.token_ids, micro.position_ids, micro.sequence_starts, self._temperature)[0].cpu()
 
     @torch.no_grad()
-    def sequence_logprobs(self, token_ids: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
+    def sequence_logprobs(self, token_ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
         """Logprob of each token of one sequence at temperature 1, on the CPU; 0 for the first."""
         num_tokens = len(token_ids)
         starts = torch.tensor([0, num_tokens], dtype=torch.int32)
@@ -109,7 +113,7 @@ class Policy:
 
         Some tensors are views of the parameters: take or copy them before the next update.
         """
-        return export_weights(self._model.module, self._shape)
+        return export_weights(self._module, self._shape)
 
     def save(self, path: Path) -> None:
         """Writes model, optimizer, schedule and random states into a directory, which is made.
@@ -117,7 +121,7 @@ class Policy:
         Raises:
             RunDirectoryError: It cannot be written.
         """
-        checkpoint.save(path, self._model.module, self._optimizer)
+        checkpoint.save(path, self._module, self._optimizer)
 
     def load(self, path: Path) -> None:
         """Goes back to what `save` wrote: updates go on bit for bit as they would have.
@@ -125,7 +129,7 @@ class Policy:
         Raises:
             RunDirectoryError: It is missing, broken, or of another model.
         """
-        checkpoint.load(path, self._model.module, self._optimizer)
+        checkpoint.load(path, self._module, self._optimizer)
 
     def _forward_step(
         self, micros: Iterator[MicroBatch], model: torch.nn.Module, *, loss: Loss
@@ -133,9 +137,7 @@ class Policy:
         """One micro-batch, in the form that Megatron's schedules call."""
         assert model is self._model
         micro = next(micros)
-        logprobs, entropy = self._forward(
-            micro.token_ids, micro.position_ids, micro.sequence_starts, self._temperature
-        )
+        logprobs, entropy = self._forward(micro.token_ids, micro.position_ids, micro.sequence_starts, self._temperature)
 
         def total(logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             return loss(micro, logprobs.cpu(), entropy.cpu()), torch.zeros((), dtype=torch.int), {}
@@ -144,11 +146,11 @@ class Policy:
 
     def _forward(
         self,
-        token_ids: Int[Tensor, "tokens"],
-        position_ids: Int[Tensor, "tokens"],
-        sequence_starts: Int[Tensor, "sequences_and_end"],
+        token_ids: Int[Tensor, " tokens"],
+        position_ids: Int[Tensor, " tokens"],
+        sequence_starts: Int[Tensor, " sequences_and_end"],
         temperature: float,
-    ) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
+    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
         """Logprobs and entropies, on the compute device."""
         token_ids = token_ids.to(self._device)
         packed = packed_runs(sequence_starts, self._device)
@@ -158,7 +160,7 @@ class Policy:
         return token_logprobs(logits[0], token_ids, packed.cu_seqlens_q[:-1].long(), temperature)
 
 
-def _reduce_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: object) -> None:
+def _reduce_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
     """Sums the gradients over ranks. Megatron would divide them by the tokens that it counted; the loss is divided."""
     del num_tokens
     finalize_model_grads(model, None, **options)

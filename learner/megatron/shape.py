@@ -43,7 +43,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def architecture(self) -> str:
         """The class that transformers would build."""
-        return self.architectures[0]
+        return self.architectures[0] if self.architectures else ""
 
     @property
     def is_moe(self) -> bool:
@@ -110,7 +110,7 @@ def _unsupported(shape: ModelShape) -> list[tuple[bool, str]]:
     found = ", ".join(shape.architectures) or "none"
     return [
         (
-            not shape.architectures or shape.architecture not in SUPPORTED,
+            shape.architecture not in SUPPORTED,
             f"architectures: found {found}, expected one of {', '.join(SUPPORTED)}",
         ),
         (min(sizes) < 1, f"found sizes {sizes}, expected all of them positive"),
@@ -121,7 +121,7 @@ def _unsupported(shape: ModelShape) -> list[tuple[bool, str]]:
         (shape.hidden_act != "silu", f"hidden_act: found {shape.hidden_act!r}, expected 'silu'"),
         (
             shape.rope_type != "default",
-            f"rope_parameters: found rope_type {shape.rope_type!r}, expected 'default': scaled frequencies are not supported",
+            f"rope_parameters: found rope_type {shape.rope_type!r}, expected 'default'",
         ),
         (
             shape.use_sliding_window,

@@ -42,7 +42,9 @@ class WeightFiles:
             ModelError: It is missing, or its file is missing or broken.
         """
         if name not in self._file_of:
-            raise ModelError(f"{self.directory}: found no tensor {name}, expected it beside {len(self._file_of)} others")
+            raise ModelError(
+                f"{self.directory}: found no tensor {name}, expected it beside {len(self._file_of)} others"
+            )
         file = self._file_of[name]
         try:
             return self._open(file).get_tensor(name)

@@ -53,7 +53,7 @@ def not_finite(text: str, answer: str) -> Grade:
 
 
 def chatty(text: str, answer: str) -> Grade:
-    print(text * 10_000, flush=True)
+    print(text * 10_000, flush=True)  # noqa: T201
     return FINE
 
 

@@ -1,6 +1,7 @@
 """The verifier as a process, between a generator and a ledger that the test plays over ZeroMQ."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -38,7 +39,7 @@ class Ledger:
         self.storing = asyncio.Event()
         self.storing.set()
 
-    async def handle(self, peer: bytes, request: wire.Request) -> wire.Answer:
+    async def handle(self, _: bytes, request: wire.Request) -> wire.Answer:
         match request:
             case wire.Hello():
                 self.endpoint.set_result(request.endpoint)
@@ -91,7 +92,7 @@ def _run(body: Callable[[], Awaitable[None]]) -> None:
 
 async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -208,3 +209,19 @@ def test_a_model_without_tokenizer_is_one_line_and_exit_code_2(make_run: MakeRun
     _, message = process.communicate(timeout=10)
     assert process.returncode == 2
     assert message == f"sluice: {tmp_path / 'model' / 'tokenizer.json'}: not found, expected the model's tokenizer\n"
+
+
+def test_failures_are_counted_and_logged_but_are_no_reward(make_run: MakeRun, make_group: MakeGroup) -> None:
+    run_dir = make_run()
+
+    async def body() -> None:
+        async with _running(run_dir) as (_, ledger, client):
+            await client.ask_once(make_group("42", "41", reward="unknown"), wire.Verdict)
+            assert [grade.outcome for grade in ledger.scored[0].grades] == ["error", "error"]
+            await _until(lambda: bool(ledger.beats[-1].stats and ledger.beats[-1].stats.gauges.get("num_error") == 2))
+
+    _run(body)
+    events = [json.loads(line) for line in (run_dir / "logs" / "verifier-0.jsonl").read_text().splitlines()]
+    (warning,) = [event for event in events if event["event"] == "grading_failed"]
+    assert warning["level"] == "warning"
+    assert (warning["visit"], warning["prompt"], warning["num_error"]) == (1, "train:1", 2)

@@ -60,7 +60,12 @@ def make_run(
         train = write_rows("train.jsonl", [{"prompt": f"{i}+{i}=", "answer": 2 * i} for i in range(20)])
         test = write_rows("test.jsonl", [{"prompt": f"{i}+1=", "answer": i + 1} for i in range(20, 24)])
         data = values.pop("data", DataConfig(train=str(train), test=str(test)))
-        defaults = {"group_size": 2, "groups_per_step": 2, "updates_per_step": 1, "model": str(model_dir)}
+        defaults: dict[str, Any] = {
+            "group_size": 2,
+            "groups_per_step": 2,
+            "updates_per_step": 1,
+            "model": str(model_dir),
+        }
         config = Config(data=data, **{**defaults, **values})
         run_dir = tmp_path / "run"
         run_dir.mkdir(exist_ok=True)

@@ -66,6 +66,7 @@ def test_a_lost_lease_is_granted_again_and_its_late_result_refused(make_group: M
     late = make_group(visit.key, V[0])
     assert evaluations.expire(now=16.0) == 1
     assert evaluations.store(late, 1).status == "refused"
+    assert evaluations.grant("h", V[0], 0, now=16.0) == []
     (again,) = evaluations.grant("h", V[0], 1, now=16.0)
     assert again.key == (-1, 2)
     assert evaluations.beat("g", (late.group.key,), 16.0) == (late.group.key,)

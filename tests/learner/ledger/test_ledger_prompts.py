@@ -119,14 +119,16 @@ BROKEN: list[tuple[str, str, str]] = [
     ('["a"]', ":1: ", "found a list, expected an object"),
     ('{"question": "a", "answer": 1}', ":1: ", "found columns question, answer, expected prompt and answer"),
     ('{"prompt": "a", "solution": 1}', ":1: ", "found columns prompt, solution"),
-    ('{"prompt": 3, "answer": 1}', ":1: prompt: ", "found a int, expected a string or chat messages"),
+    ('{"prompt": 3, "answer": 1}', ":1: prompt: ", "found a number, expected text or chat messages"),
     ('{"prompt": [], "answer": 1}', ":1: prompt: ", "found an empty list"),
     ('{"prompt": [{"role": "user"}], "answer": 1}', ":1: prompt: ", "expected a role and a content"),
-    ('{"prompt": "a", "answer": null}', ":1: answer: ", "found nothing, expected a string or a number"),
+    ('{"prompt": "a", "answer": null}', ":1: answer: ", "found nothing, expected text or a number"),
     ('{"prompt": "a", "answer": [1]}', ":1: answer: ", "found a list"),
-    ('{"prompt": "a", "answer": true}', ":1: answer: ", "found a bool"),
-    ('{"prompt": "a", "reward_model": {}}', ":1: reward_model: ", "ground_truth"),
-    ('{"prompt": "", "answer": 1}', ":1: prompt: ", "found no token"),
+    ('{"prompt": "a", "answer": true}', ":1: answer: ", "found a boolean"),
+    ('{"prompt": "a", "answer": " "}', ":1: answer: ", "found an empty string, expected text or a number"),
+    ('{"prompt": "a", "answer": "\\ud800"}', ":1: ", "broken JSON"),
+    ('{"prompt": "a", "reward_model": {}}', ":1: reward_model: ", "found an empty object, expected an object with a"),
+    ('{"prompt": " ", "answer": 1}', ":1: prompt: ", "found an empty string"),
     ("\n\n", ": ", "found no row"),
 ]
 
@@ -151,6 +153,8 @@ def test_a_broken_file_is_one_line_that_says_where_and_what(
         ("a.csv", b"prompt,answer", "found a file of type '.csv', expected .jsonl or .parquet"),
         ("a.parquet", b"no parquet", "cannot be read as Parquet"),
         ("a.jsonl", b"\xff\xfe\xfa", "broken JSON"),
+        ("a.jsonl", b'{"prompt": "caf\xe9", "answer": 1}', "a.jsonl:1: broken JSON"),
+        ("a.jsonl", b"", "a.jsonl: found no row"),
     ],
 )
 def test_a_file_that_is_no_file_of_prompts(
@@ -197,15 +201,17 @@ def test_a_failed_preparation_leaves_nothing_behind(tmp_path: Path, model_dir: P
 def test_a_model_that_cannot_be_trained_is_refused(tmp_path: Path, model_dir: Path, write_rows: WriteRows) -> None:
     train = str(write_rows("a.jsonl", [{"prompt": [{"role": "user", "content": "a"}], "answer": 1}]))
     breaks: list[tuple[Callable[[], object], str]] = [
-        (lambda: (model_dir / "tokenizer_config.json").unlink(), "no chat template"),
+        ((model_dir / "tokenizer_config.json").unlink, "no chat template"),
+        (lambda: (model_dir / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja: cannot be read"),
+        (lambda: (model_dir / "chat_template.jinja").write_text("{% if %}"), "broken chat template"),
         (lambda: (model_dir / "tokenizer.json").write_text("{}"), "no tokenizer"),
-        (lambda: (model_dir / "tokenizer.json").unlink(), "tokenizer.json: not found"),
+        ((model_dir / "tokenizer.json").unlink, "tokenizer.json: not found"),
         (
             lambda: (model_dir / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]})),
             "found architecture LlamaForCausalLM, expected one of Qwen2ForCausalLM",
         ),
         (lambda: (model_dir / "config.json").write_text("{"), "config.json: cannot be read"),
-        (lambda: (model_dir / "config.json").unlink(), "config.json: not found"),
+        ((model_dir / "config.json").unlink, "config.json: not found"),
         (lambda: model_dir.rename(tmp_path / "elsewhere"), "model: not found"),
     ]
     for break_it, message in breaks:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class LedgerProcess:
 
 
 @asynccontextmanager
-async def _serving(run_dir: Path) -> AsyncIterator[tuple[LedgerProcess, Client]]:
+async def _serving(run_dir: Path) -> AsyncGenerator[tuple[LedgerProcess, Client]]:
     prepared = _command(run_dir, "--prepare")
     assert prepared.returncode == 0, prepared.stderr
     process = LedgerProcess(run_dir)
@@ -72,21 +72,22 @@ async def _serving(run_dir: Path) -> AsyncIterator[tuple[LedgerProcess, Client]]
 class Fleet:
     """A generator and its verifier, driven by hand."""
 
-    def __init__(self, run_dir: Path, client: Client, make_group: MakeGroup) -> None:
+    def __init__(self, run_dir: Path, client: Client, make_group: MakeGroup, name: str = "generator-0") -> None:
+        self._name = name
         self._run, self._client, self._make = RunKeys.load(run_dir).public, client, make_group
         self.stored: Counter[int] = Counter()
         self.evaluated: Counter[int] = Counter()
         self.seeds: set[int] = set()
 
     async def join(self) -> None:
-        for role, name in ((wire.Role.GENERATOR, "generator-0"), (wire.Role.VERIFIER, "verifier-0")):
+        for role, name in ((wire.Role.GENERATOR, self._name), (wire.Role.VERIFIER, "verifier-0")):
             endpoint = "tcp://127.0.0.1:1" if role is wire.Role.VERIFIER else ""
             hello = wire.Hello(role=role, name=name, run=self._run, endpoint=endpoint)
             await self._client.ask(hello, wire.Welcome, deadline_s=30)
 
     async def work(self, version: Version, room: int) -> int:
         """Takes what it gets for `room` groups and hands it in twice; returns how many training groups it got."""
-        request = wire.LeaseRequest(name="generator-0", version=version, room=room)
+        request = wire.LeaseRequest(name=self._name, version=version, room=room)
         leases = (await self._client.ask(request, wire.Leases, deadline_s=30)).leases
         for lease in leases:
             assert lease.num_completions == (1 if lease.key.is_evaluation else 2)
@@ -180,7 +181,7 @@ async def _finish(client: Client, fleet: Fleet, learner: Learner) -> None:
     finish = wire.Finish(reason="all steps done")
     pending = await client.ask(finish, wire.Finished, deadline_s=30)
     assert not pending.done
-    assert pending.waiting_for == "4 more groups of the evaluation of 0.6"
+    assert pending.waiting_for == "4 more groups of the evaluation of 0.6; 0 tokens sampled"
     assert await fleet.work(learner.version, room=10) == 0
     finished = await client.ask(finish, wire.Finished, deadline_s=30)
     assert finished.done
@@ -219,5 +220,85 @@ def test_a_process_of_another_run_or_unknown_name_is_told_so(make_run: MakeRun) 
             assert (await client.ask(beat, wire.BeatAnswer, deadline_s=30)).known
             await asyncio.sleep(2.0)
             assert not (await client.ask(beat, wire.BeatAnswer, deadline_s=30)).known
+
+    asyncio.run(scenario())
+
+
+async def _ask_for_leases(client: Client, version: Version, room: int = 1) -> wire.Leases:
+    request = wire.LeaseRequest(name="generator-0", version=version, room=room)
+    return await client.ask(request, wire.Leases, deadline_s=30)
+
+
+def test_a_generator_that_waits_at_an_old_version_hears_of_a_new_one_at_once(
+    make_run: MakeRun, make_group: MakeGroup
+) -> None:
+    run_dir, config = make_run(max_staleness=0)
+
+    async def scenario() -> None:
+        async with _serving(run_dir) as (_, client):
+            fleet, learner = Fleet(run_dir, client, make_group), Learner(client, config)
+            await fleet.join()
+            await learner.begin()
+            assert await fleet.work(learner.version, room=9) == config.groups_per_step
+            batch = await learner.reserve()
+            held = asyncio.create_task(_ask_for_leases(client, learner.version))
+            await asyncio.sleep(0.3)
+            assert not held.done()
+            await learner.commit(batch)
+            leases = await asyncio.wait_for(held, timeout=0.5)
+            assert leases.leases == ()
+            assert leases.waiting_for == "the engine to load 0.1: it is 1 updates behind, expected 0"
+            assert len((await _ask_for_leases(client, learner.version, room=9)).leases) == config.groups_per_step
+
+    asyncio.run(scenario())
+
+
+def test_only_the_newest_request_of_a_generator_is_granted_leases(make_run: MakeRun, make_group: MakeGroup) -> None:
+    run_dir, config = make_run(max_staleness=0)
+
+    async def scenario() -> None:
+        async with _serving(run_dir) as (_, client):
+            fleet, learner = Fleet(run_dir, client, make_group), Learner(client, config)
+            await fleet.join()
+            abandoned = asyncio.create_task(_ask_for_leases(client, learner.version, room=9))
+            await asyncio.sleep(0.2)
+            newest = asyncio.create_task(_ask_for_leases(client, learner.version, room=9))
+            await asyncio.sleep(0.2)
+            await learner.begin()
+            assert (await abandoned).leases == ()
+            assert len((await newest).leases) == config.groups_per_step
+            await fleet.join()
+            assert (await client.ask(wire.Status(), wire.StatusReport, deadline_s=30)).accounts["waiting"] == 2
+
+    asyncio.run(scenario())
+
+
+def test_the_learner_goes_on_when_the_generator_of_a_pinned_prompt_dies(
+    make_run: MakeRun, make_group: MakeGroup
+) -> None:
+    run_dir, config = make_run(max_staleness=1, lease=LeaseConfig(heartbeat_timeout_s=3.0))
+
+    async def scenario() -> None:
+        async with _serving(run_dir) as (_, client):
+            dying, other = (Fleet(run_dir, client, make_group, f"generator-{i}") for i in range(2))
+            learner = Learner(client, config)
+            await dying.join()
+            await other.join()
+            await learner.begin()
+            (slow,) = (await _ask_for_leases(client, learner.version)).leases
+            for step in range(3):
+                if step == 2:
+                    (again,) = (await _ask_for_leases(client, learner.version)).leases
+                    assert again.key == (slow.key.visit, 2)
+                assert await other.work(learner.version, room=2) == 2
+                await learner.commit(await learner.reserve())
+            assert await other.work(learner.version, room=2) == 2
+            held = await learner.reserve()
+            assert held.groups == ()
+            assert held.waiting_for.startswith(f"visit {slow.key.visit} at version 0.3: expired before")
+            batch = await learner.reserve()
+            assert len(batch.groups) == config.groups_per_step
+            report = await client.ask(wire.Status(), wire.StatusReport, deadline_s=30)
+            assert report.accounts["waiting"] == 1
 
     asyncio.run(scenario())

@@ -139,12 +139,13 @@ def test_a_group_with_one_graded_completion_goes_back_once_then_is_quarantined(m
 
 def test_a_visit_is_quarantined_when_its_attempts_are_used_up() -> None:
     ledger = make_ledger(lease=LeaseConfig(max_attempts=3))
+    visits = []
     for attempt in range(3):
-        (visit,) = grant(ledger, now=100.0 * attempt)
-        assert visit.key == LeaseKey(0, attempt + 1)
+        visits += grant(ledger, now=100.0 * attempt)
+        assert visits[-1].key == LeaseKey(0, attempt + 1)
         ledger.expire(now=100.0 * attempt + 50)
     assert ledger.accounts()["quarantined"] == 1
-    assert visit.reason.startswith("3 attempts used up, the last: generator-0 was silent")
+    assert visits[-1].reason.startswith("3 attempts used up, the last: generator-0 was silent")
 
 
 def test_beats_renew_a_lease_until_the_completions_deadline() -> None:
@@ -330,6 +331,13 @@ def test_a_resume_from_an_abandoned_or_forgotten_version_is_refused(make_group: 
     for _ in range(3):
         train(ledger, make_group)
     ledger.checkpoint(V[1])
+    for visit in grant(ledger, 2, V[3]):
+        ledger.store(make_group(visit.key, V[3]), b"")
+    assert ledger.reserve(V[3], 2)
+    before = ledger.accounts()
+    with pytest.raises(RefusedError, match="on the path"):
+        ledger.begin(Version(0, 4))
+    assert (ledger.accounts(), ledger.track.current) == (before, V[3])
     ledger.begin(V[1])
     with pytest.raises(RefusedError, match="on the path"):
         ledger.begin(V[3])
@@ -359,7 +367,7 @@ def test_the_same_number_in_an_abandoned_lineage_is_another_version(make_group: 
     for _ in range(4):
         train(ledger, make_group)
     assert ledger.track.current == Version(1, 4)
-    abandoned, own = grant(ledger, 2, ledger.track.current)
+    abandoned, own = grant(ledger, 2, Version(1, 4))
     assert ledger.store(make_group(abandoned.key, V[4]), b"").status == "refused"
     assert ledger.store(make_group(own.key, Version(1, 4)), b"").status == "stored"
 

@@ -56,9 +56,8 @@ def test_rendering_equals_transformers(text: str, kwargs: dict[str, Any], messag
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), bos_token="<s>", eos_token="</s>"
     )
-    expected = tokenizer.apply_chat_template(
-        messages, chat_template=text, tokenize=False, **{"add_generation_prompt": True, **kwargs}
-    )
+    values: dict[str, Any] = {"add_generation_prompt": True, **kwargs}
+    expected = tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, **values)
     template = ChatTemplate(text, {"bos_token": "<s>", "eos_token": "</s>"})
     assert template.render(messages, kwargs) == expected
 
@@ -77,6 +76,8 @@ def test_a_model_directory_gives_the_token_ids_that_transformers_gives(model_dir
 
 
 def test_a_template_may_refuse_and_may_not_reach_python() -> None:
+    with pytest.raises(jinja2.TemplateError, match="ZeroDivisionError"):
+        ChatTemplate("{{ 1 / 0 }}", {}).render([], {})
     with pytest.raises(jinja2.TemplateError, match="no"):
         ChatTemplate("{{ raise_exception('no') }}", {}).render([], {})
     with pytest.raises(jinja2.TemplateError):

@@ -1,5 +1,6 @@
 """Checkpoints: what is loaded goes on as if nothing had happened."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="cannot be written"):
         policy.save(tmp_path / "file" / "saved")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    policy = Policy(tiny.config(tiny.build(tmp_path / "model", "qwen3")))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(RunDirectoryError, match="saved: cannot be written") as caught:
+            policy.save(tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

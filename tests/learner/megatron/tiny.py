@@ -1,5 +1,6 @@
 """Tiny Hugging Face models with random weights, and micro-batches for them."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def build(path: Path, kind: str, *, seed: int = 0, dtype: torch.dtype = torch.fl
 def reference_class(kind: str) -> Any:
     import transformers
 
-    name = "Qwen3Moe" if "moe" in kind else kind.split("-")[0].capitalize()
+    name = "Qwen3Moe" if "moe" in kind else kind.partition("-")[0].capitalize()
     return getattr(transformers, f"{name}ForCausalLM")
 
 
@@ -98,7 +99,7 @@ def micro_batches(lengths: list[int], *, seed: int = 0, max_tokens: int = 4096) 
 def sequences_of(micro: MicroBatch) -> list[torch.Tensor]:
     """The token ids of each sequence."""
     starts = micro.sequence_starts.tolist()
-    return [micro.token_ids[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    return [micro.token_ids[a:b] for a, b in pairwise(starts)]
 
 
 def reference_logprobs(model: Any, micro: MicroBatch, temperature: float) -> torch.Tensor:
@@ -119,5 +120,3 @@ def masked_mean_loss(micro: MicroBatch, logprobs: torch.Tensor, entropy: torch.T
     sums = torch.zeros(num).index_add(0, micro.sequence_of_token[mask], logprobs[mask])
     counts = torch.zeros(num).index_add(0, micro.sequence_of_token[mask], torch.ones(int(mask.sum())))
     return -(micro.advantages * sums / counts).sum()
-
-

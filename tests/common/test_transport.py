@@ -1,0 +1,144 @@
+"""Real sockets on loopback: answers, held requests, silence, a service that moves, and who is let in."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+import zmq
+
+from common import wire
+from common.errors import DeadlineError, RefusedError, RunDirectoryError, SilenceError
+from common.transport import Client, Rendezvous, RunKeys, Service, ledger_client
+
+STATUS = wire.Status()
+
+
+async def answer_done(peer: bytes, request: wire.Request) -> wire.Answer:
+    return wire.Done()
+
+
+def test_a_request_is_answered_under_curve(tmp_path: Path) -> None:
+    async def main() -> wire.Done:
+        keys = RunKeys.create(tmp_path)
+        async with Service(answer_done, keys=keys) as service:
+            serving = asyncio.create_task(service.serve())
+            async with Client(lambda: service.endpoint, keys=keys, name="service") as client:
+                answer = await client.ask(STATUS, wire.Done, deadline_s=5)
+            serving.cancel()
+            return answer
+
+    assert asyncio.run(main()) == wire.Done()
+
+
+def test_a_client_of_another_run_gets_no_answer(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    ours, other = RunKeys.create(tmp_path), RunKeys.create(tmp_path / "other")
+    pretender = RunKeys(public=ours.public, secret=other.secret)
+
+    async def main() -> None:
+        async with Service(answer_done, keys=ours) as service:
+            serving = asyncio.create_task(service.serve())
+            for keys in (other, pretender, None):
+                async with Client(lambda: service.endpoint, keys=keys, name="service") as client:
+                    with pytest.raises(SilenceError):
+                        await client.ask_once(STATUS, wire.Done, silence_s=1)
+            serving.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_held_request_is_not_silence(tmp_path: Path) -> None:
+    async def slow(peer: bytes, request: wire.Request) -> wire.Answer:
+        await asyncio.sleep(2.5)
+        return wire.Done()
+
+    async def main() -> None:
+        async with Service(slow, keys=None) as service:
+            serving = asyncio.create_task(service.serve())
+            async with Client(lambda: service.endpoint, keys=None, name="service") as client:
+                assert await client.ask_once(STATUS, wire.Done, silence_s=1.5) == wire.Done()
+            serving.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_service_that_moves_is_found_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        keys = RunKeys.create(tmp_path)
+        client = ledger_client(tmp_path)
+        async with client:
+            for incarnation in range(2):
+                async with Service(answer_done, keys=keys) as service:
+                    Rendezvous(address=service.endpoint, public_key=keys.public, incarnation=incarnation).write(tmp_path)
+                    serving = asyncio.create_task(service.serve())
+                    assert await client.ask(STATUS, wire.Done, deadline_s=15) == wire.Done()
+                    serving.cancel()
+
+    asyncio.run(main())
+
+
+def test_waiting_for_a_service_that_never_comes_ends_and_says_for_what(tmp_path: Path) -> None:
+    RunKeys.create(tmp_path)
+
+    async def main() -> None:
+        async with ledger_client(tmp_path) as client:
+            await client.ask(STATUS, wire.Done, deadline_s=0.5)
+
+    began = time.monotonic()
+    with pytest.raises(DeadlineError, match=r"waited 0\.5 s for the ledger to answer Status"):
+        asyncio.run(main())
+    assert time.monotonic() - began < 5
+
+
+def test_a_refusal_and_an_unexpected_answer_are_errors(tmp_path: Path) -> None:
+    async def refuse(peer: bytes, request: wire.Request) -> wire.Answer:
+        raise RefusedError("found nothing, expected more")
+
+    async def main() -> None:
+        async with Service(refuse, keys=None) as service:
+            serving = asyncio.create_task(service.serve())
+            async with Client(lambda: service.endpoint, keys=None, name="ledger") as client:
+                with pytest.raises(RefusedError, match="the ledger refused Status: found nothing, expected more"):
+                    await client.ask(STATUS, wire.Done, deadline_s=5)
+            assert service.num_refused == 1
+            serving.cancel()
+
+    asyncio.run(main())
+
+
+def test_garbage_from_the_network_is_refused_and_the_service_lives(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Service(answer_done, keys=None) as service:
+            serving = asyncio.create_task(service.serve())
+            context = zmq.Context()
+            socket = context.socket(zmq.DEALER)
+            socket.connect(service.endpoint)
+            for frames in ([b""], [b"x"] * 9, [b"12345678", b"\xc1garbage"], [b"12345678", wire.encode(STATUS)[:-1]]):
+                socket.send_multipart(frames)
+            async with Client(lambda: service.endpoint, keys=None, name="service") as client:
+                assert await client.ask(STATUS, wire.Done, deadline_s=5) == wire.Done()
+            assert service.num_refused == 2
+            context.destroy(linger=0)
+            serving.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Service(answer_done, keys=None) as service:
+            port = int(service.endpoint.rsplit(":", 1)[1])
+            Service(answer_done, keys=None, port=port)
+
+    with pytest.raises(RunDirectoryError, match=r"found 127\.0\.0\.1:\d+ taken .*, expected a free port"):
+        asyncio.run(main())
+
+
+def test_keys_are_private_and_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
+    RunKeys.create(tmp_path)
+    path = tmp_path / "keys.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o644)
+    with pytest.raises(RunDirectoryError, match="found mode 644, expected 600"):
+        RunKeys.load(tmp_path)

@@ -1,0 +1,88 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import Config, DataConfig, DataFile, SamplingConfig
+from common.layout import load_config
+from launch.plan import REPOSITORY, derived_numbers, plan_processes
+from launch.resolved import to_toml
+from tests.launch.conftest import Cluster
+
+
+def test_a_dry_run_shows_the_plan_and_starts_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    ended = cluster("--layout", "local", "--dry-run", "max_staleness=2", f"run.dir={tmp_path / 'run'}")
+    assert ended.returncode == 0, ended.stderr
+    assert "python -m learner.ledger" in ended.stdout
+    assert f"verifier-0: python -m verifier {tmp_path / 'run'} verifier-0" in ended.stdout
+    assert "generator-0: python -m generator" in ended.stdout
+    assert "-m torch.distributed.run --max-restarts=0 --nproc-per-node=1" in ended.stdout
+    assert "sequences per step: 256" in ended.stdout
+    assert "staleness budget: groups under way, at most: 48" in ended.stdout
+    assert "max_staleness = 2" in ended.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_is_a_layout_of_the_same_configuration(tmp_path: Path) -> None:
+    config = Config(
+        model="m",
+        data=DataConfig(
+            train=(DataFile(path='a "b".jsonl', reward="math"), DataFile(path="c.jsonl", weight=2.5)),
+            chat_template_kwargs={"enable_thinking": False, "two words": 1},
+        ),
+        sampling=SamplingConfig(stop=("\n\n", "</s>"), stop_token_ids=(3,)),
+    )
+    layout = tmp_path / "layout.toml"
+    layout.write_text(to_toml(config))
+    assert load_config(layout, []) == config
+
+
+@pytest.mark.parametrize(
+    "layout", sorted((REPOSITORY / "launch" / "layouts").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_each_layout_is_valid_and_plans_all_four_roles(layout: Path, tmp_path: Path) -> None:
+    config = load_config(layout, [])
+    plans = plan_processes(config, tmp_path)
+    assert {plan.role for plan in plans} == {"ledger", "learner", "generator", "verifier"}
+    assert len({plan.name for plan in plans}) == len(plans) == 2 + config.generator.count + config.verifier.count
+
+
+def test_overrides_win_over_the_layout(tmp_path: Path) -> None:
+    layout = tmp_path / "layout.toml"
+    layout.write_text("steps = 3\n[optimizer]\nlr = 1e-3\n")
+    config = load_config(layout, ["optimizer.lr=2e-3", "run.name=plain text"])
+    assert (config.steps, config.optimizer.lr, config.run.name) == (3, 2e-3, "plain text")
+
+
+def test_the_numbers_follow_from_the_counts() -> None:
+    numbers = derived_numbers(Config(group_size=8, groups_per_step=6, updates_per_step=3, steps=5, max_staleness=0))
+    assert numbers["sequences per step"] == 48
+    assert numbers["sequences per update"] == 16
+    assert numbers["optimizer updates"] == 15
+    assert numbers["staleness budget: groups under way, at most"] == 6
+    assert numbers["longest sequences per micro-batch"] == 8192 // 2048
+
+
+def test_a_stray_common_does_not_win(cluster: Cluster, tmp_path: Path) -> None:
+    for name in ("common", "launch"):
+        stray = tmp_path / "site" / name
+        stray.mkdir(parents=True)
+        (stray / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
+    ended = cluster("--layout", "local", "--dry-run", PYTHONPATH=str(tmp_path / "site"))
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_stray_common_does_not_win_in_what_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.processes import run_foreground
+
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = run_foreground((sys.executable, "-c", "import common; print(common.__file__)"))
+    assert found == str(REPOSITORY / "common" / "__init__.py")
+
+
+def test_the_launcher_starts_without_torch() -> None:
+    code = "import sys, launch.cluster, launch.session; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, check=True)
