@@ -41,8 +41,9 @@ class Ended(NamedTuple):
     line: str
 
     def __str__(self) -> str:
-        by = f"killed by {signal.Signals(self.code - 128).name}" if self.code > 128 else f"exit code {self.code}"
-        return f"{by}: {self.line}" if self.line else by
+        if self.code > 128:
+            return f"killed by {signal.Signals(self.code - 128).name}"  # what it said last has nothing to do with it
+        return f"exit code {self.code}: {self.line}" if self.line else f"exit code {self.code}"
 
 
 class Supervisor:

@@ -98,7 +98,7 @@ class PackedAttention(MegatronModule):
         return output.transpose(1, 2).flatten(0, 1)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Nothing: it has no weights."""
         del prefix, sharded_offsets, metadata

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-import zmq
+import zmq.asyncio
 
 from common import wire
 from common.errors import DeadlineError, RefusedError, RunDirectoryError, SilenceError
@@ -65,12 +65,10 @@ def test_a_held_request_is_not_silence(tmp_path: Path) -> None:
 
 def test_a_service_that_moves_is_found_again(tmp_path: Path) -> None:
     async def main() -> None:
-        keys = RunKeys.create(tmp_path)
-        client = ledger_client(tmp_path)
-        async with client:
+        async with Client(lambda: Rendezvous.read(tmp_path).address, keys=None, name="ledger") as client:
             for incarnation in range(2):
-                async with Service(answer_done, keys=keys) as service:
-                    Rendezvous(address=service.endpoint, public_key=keys.public, incarnation=incarnation).write(tmp_path)
+                async with Service(answer_done, keys=None) as service:
+                    Rendezvous(address=service.endpoint, public_key="", incarnation=incarnation).write(tmp_path)
                     serving = asyncio.create_task(service.serve())
                     assert await client.ask(STATUS, wire.Done, deadline_s=15) == wire.Done()
                     serving.cancel()
@@ -111,11 +109,13 @@ def test_garbage_from_the_network_is_refused_and_the_service_lives(tmp_path: Pat
     async def main() -> None:
         async with Service(answer_done, keys=None) as service:
             serving = asyncio.create_task(service.serve())
-            context = zmq.Context()
+            context = zmq.asyncio.Context()
             socket = context.socket(zmq.DEALER)
             socket.connect(service.endpoint)
-            for frames in ([b""], [b"x"] * 9, [b"12345678", b"\xc1garbage"], [b"12345678", wire.encode(STATUS)[:-1]]):
-                socket.send_multipart(frames)
+            for frames in ([b""], [b"x"] * 9, [b"request1", b"\xc1garbage"], [b"request2", wire.encode(STATUS)[:-1]]):
+                await socket.send_multipart(frames)
+            refusals = [wire.decode((await socket.recv_multipart())[1]) for _ in range(2)]
+            assert all(isinstance(refusal, wire.Refused) for refusal in refusals)
             async with Client(lambda: service.endpoint, keys=None, name="service") as client:
                 assert await client.ask(STATUS, wire.Done, deadline_s=5) == wire.Done()
             assert service.num_refused == 2

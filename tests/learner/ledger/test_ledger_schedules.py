@@ -124,7 +124,9 @@ class Schedules(RuleBasedStateMachine):
     @rule(data=st.data())
     def hand_in(self, data: st.DataObject) -> None:
         """Any result so far: late, re-sent or out of order."""
-        scored = data.draw(st.sampled_from(self.results))
+        self.store_group(data.draw(st.sampled_from(self.results)))
+
+    def store_group(self, scored: wire.ScoredGroup) -> None:
         verdict = self.call(lambda: self.ledger.store(scored, wire.encode(scored)))
         if verdict.status == "stored" and self.state_of(scored.group.key.visit) == "scored":
             assert scored.group.key not in self.sampled
@@ -146,6 +148,16 @@ class Schedules(RuleBasedStateMachine):
         batch = self.call(lambda: self.ledger.reserve(self.current, 2))
         assert len(batch) in (0, 2)
         assert [v.number for v in self.call(lambda: self.ledger.reserve(self.current, 2))] == [v.number for v in batch]
+
+    @rule()
+    def recover(self) -> None:
+        """No deadlock: once dead leases are overdue, a healthy fleet makes the next batch whole."""
+        self.now += 21
+        self.call(lambda: self.ledger.expire(self.now))
+        for visit in self.call(lambda: self.ledger.grant("a", self.current, 6, self.now)):
+            self.leases.append((visit.key, self.current))
+            self.store_group(scored_group(visit.key, (self.current,), (1.0, 0.0)))
+        assert len(self.call(lambda: self.ledger.reserve(self.current, 2))) == 2
 
     @precondition(lambda self: self.ledger.visits(VisitState.RESERVED))
     @rule(again=st.booleans())
