@@ -41,7 +41,7 @@ class Ended(NamedTuple):
     line: str
 
     def __str__(self) -> str:
-        if self.code > 128:
+        if self.code - 128 in signal.valid_signals():
             return f"killed by {signal.Signals(self.code - 128).name}"  # what it said last has nothing to do with it
         return f"exit code {self.code}: {self.line}" if self.line else f"exit code {self.code}"
 

@@ -101,20 +101,9 @@ class Store:
         with self.transaction() as sql:
             if changes.head is not None:
                 put_meta(sql, "head", msgspec.json.encode(changes.head))
-            sql.executemany(
-                "INSERT OR REPLACE INTO visits VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", map(visit_row, changes.visits)
-            )
-            sql.executemany("DELETE FROM payloads WHERE visit = ?", [(number,) for number in changes.freed])
-            sql.executemany("INSERT OR REPLACE INTO payloads VALUES (?,?)", changes.payloads.items())
-            sql.executemany(
-                "INSERT OR REPLACE INTO evaluation_visits VALUES (?,?,?,?,?,?,?,?,?,?)",
-                map(evaluation_row, evaluations.visits),
-            )
-            sql.executemany("DELETE FROM evaluation_visits WHERE number = ?", [(n,) for n in evaluations.dropped])
-            sql.executemany(
-                "INSERT INTO evaluations (data) VALUES (?)",
-                [(msgspec.msgpack.encode(e),) for e in evaluations.finished],
-            )
+            for statement, rows in _statements(changes, evaluations):
+                if rows:
+                    sql.executemany(statement, rows)
             if evaluations.visits:
                 lowest = min(int(self.meta("lowest") or b"0"), *(v.number for v in evaluations.visits))
                 put_meta(sql, "lowest", str(lowest).encode())
@@ -235,3 +224,18 @@ class Store:
 def put_meta(sql: sqlite3.Connection, key: str, value: bytes) -> None:
     """Sets a value by name, inside a transaction."""
     sql.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (key, value))
+
+
+def _statements(changes: Changes, evaluations: EvaluationChanges) -> list[tuple[str, list[tuple[object, ...]]]]:
+    """What a call changed, as statements in order, each with its rows."""
+    return [
+        ("INSERT OR REPLACE INTO visits VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", [visit_row(v) for v in changes.visits]),
+        ("DELETE FROM payloads WHERE visit = ?", [(number,) for number in changes.freed]),
+        ("INSERT OR REPLACE INTO payloads VALUES (?,?)", list(changes.payloads.items())),
+        (
+            "INSERT OR REPLACE INTO evaluation_visits VALUES (?,?,?,?,?,?,?,?,?,?)",
+            [evaluation_row(v) for v in evaluations.visits],
+        ),
+        ("DELETE FROM evaluation_visits WHERE number = ?", [(number,) for number in evaluations.dropped]),
+        ("INSERT INTO evaluations (data) VALUES (?)", [(msgspec.msgpack.encode(e),) for e in evaluations.finished]),
+    ]

@@ -147,6 +147,11 @@ def test_a_killed_process_is_named_by_its_signal(tmp_path: Path) -> None:
         supervise(plans, tmp_path, max_restarts=0)
 
 
+def test_an_exit_code_that_is_no_signal_is_told_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ProcessError, match="learner: found exit code 255, expected"):
+        supervise([program("learner", "raise SystemExit(255)")], tmp_path, max_restarts=0)
+
+
 def test_roles_stop_in_order(tmp_path: Path) -> None:
     log = tmp_path / "order"
     names = ("ledger", "verifier-0", "generator-0", "generator-1", "learner")

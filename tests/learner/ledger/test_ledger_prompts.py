@@ -223,5 +223,6 @@ def test_a_model_that_cannot_be_trained_is_refused(tmp_path: Path, model_dir: Pa
 
 
 def test_neither_the_ledger_nor_its_preparation_loads_torch() -> None:
-    code = "import sys, learner.ledger.__main__, learner.ledger.prompts; sys.exit(bool({'torch', 'transformers', 'sglang'} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'sglang', 'megatron'}"
+    code = f"import sys, learner.ledger.__main__, learner.ledger.prompts; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
