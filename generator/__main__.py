@@ -58,6 +58,7 @@ async def generate(config: Config, run_dir: Path, name: str, stop: asyncio.Event
                     weights.watch(lambda directory: handover.meet(directory.verifiers, tasks)),
                     weights.follow(),
                     rollouts.work(weights),
+                    rollouts.report(),
                 )
             ]
             await stop.wait()

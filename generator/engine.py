@@ -93,6 +93,10 @@ class Engine:
         answer = await self._ask(request)
         return np.array([logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]], dtype=np.float32)
 
+    def num_tokens_under_way(self) -> int:
+        """Tokens that requests in flight have so far; SGLang tells of them every few dozen tokens."""
+        return sum(len(state.output_ids) for state in self._manager.rid_to_state.values())
+
     def abort(self, request_id: str) -> None:
         """Stops a request; its `generate` returns what there is, with finish reason `abort`."""
         self._manager.abort_request(rid=request_id)

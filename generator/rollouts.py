@@ -13,6 +13,7 @@ from generator.handover import Handover
 from generator.weights import Weights
 
 MAX_PIN_S = 30.0
+REPORT_S = 0.5
 _MIN_PAUSE_S = 0.05
 
 
@@ -34,12 +35,21 @@ class Rollouts:
         self._activity = activity
         self._sampling: dict[wire.LeaseKey, asyncio.Task[None]] = {}
         self._pinned: set[asyncio.Task[None]] = set()
+        self._num_sampled = self._num_reported = 0
         self._room = asyncio.Event()
         self._room.set()
 
     def holds(self) -> tuple[wire.LeaseKey, ...]:
         """The leases that this generator works on or waits to hand over."""
         return (*self._sampling, *self._handover.holds())
+
+    async def report(self) -> None:
+        """Counts tokens as they are sampled, until cancelled, so that one long answer is not taken for a standstill."""
+        while True:
+            await asyncio.sleep(REPORT_S)
+            num_so_far = self._num_sampled + self._engine.num_tokens_under_way()
+            self._activity.count(num_tokens=max(0, num_so_far - self._num_reported), num_items=0)
+            self._num_reported = max(self._num_reported, num_so_far)
 
     def cancel(self, keys: tuple[wire.LeaseKey, ...]) -> None:
         """Stops work on leases that are no longer wanted, in the engine too."""
@@ -94,7 +104,8 @@ class Rollouts:
             completions = await self._complete(lease)
         if completions is None:
             return
-        self._activity.count(num_tokens=sum(c.num_tokens for c in completions), num_items=len(completions))
+        self._num_sampled += sum(c.num_tokens for c in completions)
+        self._activity.count(num_tokens=0, num_items=len(completions))
         group = wire.Group(
             key=lease.key,
             generator=self._name,

@@ -130,13 +130,13 @@ class Recorder:
 
 def _fleet(status: wire.StatusReport) -> dict[str, float]:
     """Throughput and idle share of the other roles, the overlap so far, and the accounts that are still open."""
-    row: dict[str, float] = {"overlap_share": status.overlap_share}
-    for role, unit in ((wire.Role.GENERATOR, "tokens"), (wire.Role.VERIFIER, "completions"), (wire.Role.LEDGER, "")):
+    ledger_idle = 1 - status.busy_shares.get(wire.Role.LEDGER, 0.0)
+    row: dict[str, float] = {"overlap_share": status.overlap_share, "ledger_idle": ledger_idle}
+    for role, unit in ((wire.Role.GENERATOR, "tokens"), (wire.Role.VERIFIER, "completions")):
         members = [m for m in status.members if m.role == role]
         if members:
             row[f"{role}_idle"] = 1 - float(np.mean([m.busy_share for m in members]))
-        if unit:
-            rates = [m.tokens_per_s if unit == "tokens" else m.items_per_s for m in members]
-            row[f"{role}_{unit}_per_s"] = float(np.sum(rates))
+        rates = [m.tokens_per_s if unit == "tokens" else m.items_per_s for m in members]
+        row[f"{role}_{unit}_per_s"] = float(np.sum(rates))
     states = (wire.VisitState.FILTERED, wire.VisitState.WAITING, wire.VisitState.LEASED, wire.VisitState.SCORED)
     return row | {state.value: status.accounts.get(state, 0) for state in states}

@@ -1,0 +1,131 @@
+"""The main job, for a few steps: what it writes, and what a user does with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.layout import read_resolved
+from generator.cpu import define_torchvision_operators
+from tests.models import write_tiny_model
+from tests.system.conftest import Run
+
+SHORT = ("steps=6", "evaluation.every=3", "learner.checkpoint_every=3")
+STEP_KEYS = """step steps lineage time seconds wait_s update_s publish_s checkpoint_s reward correct num_groups
+    num_completions num_masked num_tokens tokens_per_completion staleness_mean staleness_max loss grad_norm lr clip_fraction
+    clip_fraction_low clip_fraction_high staleness_clip_fraction ratio_mean weight_mean effective_sample_share entropy
+    logprob_difference_mean logprob_difference_p99 skipped_updates learner_tokens_per_s generator_tokens_per_s
+    verifier_completions_per_s learner_idle generator_idle verifier_idle ledger_idle overlap_share filtered waiting leased
+    scored""".split()
+
+
+def test_a_run_ends_by_itself_and_writes_what_it_promises(start_run: Callable[..., Run]) -> None:
+    run = start_run(*SHORT)
+    assert run.wait() == 0, run.output()[-3000:]
+    run.assert_sound()
+    summary = run.summary()
+    assert summary["steps"] == 6
+    assert 0.2 <= summary["accuracy_start"] <= 0.45
+    assert {"seconds", "accuracy_end", "staleness_mean", "staleness_max", "checkpoint"} <= set(summary)
+    assert set(summary["idle"]) == {"learner", "generator", "verifier", "ledger"}
+    assert all(0 <= share <= 1 for share in summary["idle"].values())
+    assert 0 < summary["overlap_share"] < 1
+    _check_metrics(run)
+    _check_samples(run)
+    _check_files(run)
+    _check_checkpoint(Path(summary["checkpoint"]))
+    assert "step 6/6: reward" in run.output()
+    assert str(summary["checkpoint"]) in run.output()
+
+
+def _check_metrics(run: Run) -> None:
+    steps = run.rows("step")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for row in steps:
+        assert not set(STEP_KEYS) - set(row), set(STEP_KEYS) - set(row)
+        assert row["skipped_updates"] == 0
+        assert row["staleness_max"] <= 4
+        assert row["num_completions"] == 256
+        assert row["logprob_difference_mean"] < 0.5
+    assert steps[0]["logprob_difference_p99"] < 2.0
+    assert set(run.accuracies()) == {0, 3, 6}
+
+
+def _check_samples(run: Run) -> None:
+    samples = [json.loads(line) for line in (run.directory / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 6 * 16
+    for sample in samples:
+        text = sample["text"].removesuffix("<eos>")
+        assert (sample["reward"] == 1) == (text == sample["answer"]), sample
+        assert sample["prompt"].endswith("=")
+        assert sample["versions"][-1][0] > 0
+
+
+def _check_files(run: Run) -> None:
+    assert (run.directory / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run.directory / "tensorboard").glob("events*"))
+    assert read_resolved(run.directory).steps == 6
+    logs = {path.name for path in (run.directory / "logs").iterdir()}
+    assert {"ledger.jsonl", "learner-0.jsonl", "generator-0.jsonl", "verifier-0.jsonl"} <= logs
+    best = (run.directory / "checkpoints" / "best").resolve()
+    assert best.name in ("step-000003", "step-000006")
+
+
+def _check_checkpoint(path: Path) -> None:
+    """transformers loads it, and it is not the model that the run began with."""
+    define_torchvision_operators()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    began = AutoModelForCausalLM.from_pretrained(read_resolved(path.parents[2]).model, dtype=torch.float32)
+    moved = [float((a - b).abs().max()) for a, b in zip(model.parameters(), began.parameters(), strict=True)]
+    assert 0 < max(moved) < 0.1
+    ids = tokenizer("12+34=", return_tensors="pt", add_special_tokens=False).input_ids
+    answer = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(answer).startswith("46")
+
+
+def test_max_staleness_0_is_synchronous(start_run: Callable[..., Run]) -> None:
+    run = start_run("steps=4", "evaluation.every=4", "max_staleness=0", "learner.checkpoint_every=4")
+    assert run.wait() == 0, run.output()[-3000:]
+    run.assert_sound()
+    assert all(row["staleness_max"] == 0 for row in run.rows("step"))
+    # What was sampled under the very weights that train on it differs by rounding alone.
+    assert all(row["staleness_clip_fraction"] == 0 for row in run.rows("step"))
+
+
+def test_a_mixture_of_experts_trains_on_a_file_prepared_for_verl(start_run: Callable[..., Run], tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    model = write_tiny_model(tmp_path / "moe", "qwen3_moe")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    (model / "chat_template.jinja").write_text(template)
+    # An untrained model answers at random: a reference of every digit makes some of its groups differ.
+    rows = [
+        {
+            "data_source": "exact",
+            "prompt": [{"role": "user", "content": f"{i // 10}+{i % 10}"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(i % 10)},
+            "extra_info": {"index": i},
+        }
+        for i in range(60)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    overrides = (f"model={model}", f"data.train={tmp_path / 'train.parquet'}", "sampling.max_tokens=1")
+    run = start_run(*overrides, "steps=2", "groups_per_step=4", "group_size=64", "learner.checkpoint_every=2")
+    assert run.wait() == 0, run.output()[-3000:]
+    run.assert_sound()
+    assert all(row["grad_norm"] > 0 for row in run.rows("step"))
+    define_torchvision_operators()
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(run.summary()["checkpoint"], dtype=torch.float32)
+    began = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    moved = {n: float((a - b).abs().max()) for (n, a), (_, b) in zip(trained.named_parameters(), began.named_parameters(), strict=True)}
+    assert all(np.isfinite(list(moved.values())))
+    assert any(moved[name] > 0 for name in moved if "experts" in name)
