@@ -39,6 +39,8 @@ def register() -> None:
     batch_info = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch"
     HookRegistry.register(batch_info, _seed_rows, HookType.AFTER)
     HookRegistry.register(f"{_SAMPLER}.multinomial_with_seed", multinomial_with_seed, HookType.REPLACE)
+    filtered = f"{_SAMPLER}.top_k_top_p_min_p_sampling_from_probs_torch"
+    HookRegistry.register(filtered, sample_filtered, HookType.REPLACE)
     pin = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
     HookRegistry.register(pin, lambda *_, **__: None, HookType.REPLACE)
 
@@ -75,6 +77,38 @@ def multinomial_with_seed(logprobs: Any, seed: Any, positions: Any) -> Any:
     cumulative = logprobs.to(torch.float64).exp_().cumsum_(dim=-1)
     target = uniform.unsqueeze(-1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).clamp_(max=logprobs.shape[-1] - 1)
+
+
+def sample_filtered(
+    probs: Any, top_ks: Any, top_ps: Any, min_ps: Any, need_min_p: bool, seed: Any, positions: Any, **_: Any
+) -> Any:
+    """One sample a row after top-k and top-p, drawn in the order of token ids.
+
+    SGLang's own draws in the order of probability, and takes this way for the whole batch where one request (a greedy
+    one, say) asks for it: the others' samples would change with their company.
+
+    Args:
+        probs: Float[rows, vocabulary].
+        top_ks: Int[rows].
+        top_ps: Float[rows].
+        min_ps: Float[rows]; not supported.
+        need_min_p: Whether a row has a min-p.
+        seed: Int64[rows].
+        positions: Int64[rows].
+
+    Returns:
+        Int32[rows].
+    """
+    import torch
+
+    assert not need_min_p, "min-p is no sampling key of Sluice"
+    rows = ((top_ks < probs.shape[-1]) | (top_ps < 1)).nonzero().flatten()
+    ordered, token_ids = probs[rows].sort(dim=-1, descending=True, stable=True)
+    dropped = torch.arange(probs.shape[-1]) >= top_ks[rows, None]
+    dropped |= ordered.cumsum(dim=-1) - ordered > top_ps[rows, None]
+    kept = probs.clone()
+    kept[rows] = kept[rows].scatter(-1, token_ids, ordered.masked_fill(dropped, 0.0))
+    return multinomial_with_seed(kept.log(), seed, positions).flatten().to(torch.int32)
 
 
 def _hash(seed: Any, position: Any) -> Any:

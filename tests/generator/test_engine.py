@@ -51,6 +51,43 @@ def test_a_seed_gives_the_same_completion_whatever_else_is_in_the_batch(running:
     assert len({completion.token_ids for completion in many}) > 24
 
 
+def test_greedy_company_does_not_change_what_a_seed_samples(running: RunningEngine) -> None:
+    """Evaluations are greedy and share batches with training."""
+    engine = running.engine
+    greedy = SamplingConfig(max_tokens=24, temperature=0.0).on_wire()
+
+    async def sample() -> tuple[list[wire.Completion], list[wire.Completion]]:
+        alone = [engine.generate(PROMPT, SHORT, seed=i, request_id=f"plain-{i}") for i in range(64)]
+        apart = await asyncio.gather(*alone)
+        among = [engine.generate(PROMPT, SHORT, seed=i, request_id=f"among-{i}") for i in range(64)]
+        company = [engine.generate(PROMPT[i % 3 :], greedy, seed=0, request_id=f"greedy-{i}") for i in range(16)]
+        return apart, (await asyncio.gather(*company, *among))[16:]
+
+    apart, among = running.run(sample())
+    assert [c.token_ids for c in among] == [c.token_ids for c in apart]
+
+
+def test_top_k_and_top_p_sample_only_from_what_they_keep(running: RunningEngine) -> None:
+    define_torchvision_operators()
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(running.model, dtype=torch.float32)
+        probs = model(torch.tensor([PROMPT.tolist()])).logits[0, -1].softmax(-1)
+    order = probs.argsort(descending=True)
+    nucleus = order[: int((probs[order].cumsum(0) - probs[order] <= 0.5).sum())]
+
+    async def sample(sampling: wire.Sampling, tag: str) -> set[int]:
+        many = [running.engine.generate(PROMPT, sampling, seed=i, request_id=f"{tag}-{i}") for i in range(400)]
+        return {int(wire.ints(c.token_ids)[0]) for c in await asyncio.gather(*many)}
+
+    by_k = running.run(sample(SamplingConfig(max_tokens=1, top_k=3).on_wire(), "k"))
+    by_p = running.run(sample(SamplingConfig(max_tokens=1, top_p=0.5).on_wire(), "p"))
+    assert by_k == set(order[:3].tolist())
+    assert by_p <= set(nucleus.tolist())
+    assert len(by_p) > 1
+
+
 def test_seeded_samples_follow_the_distribution(running: RunningEngine) -> None:
     async def sample() -> list[wire.Completion]:
         one = SamplingConfig(max_tokens=1).on_wire()

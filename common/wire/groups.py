@@ -1,0 +1,147 @@
+"""Completions, their grades, and the groups that carry both."""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from common.errors import WireError
+from common.versions import Version
+from common.wire.arrays import floats, int_bytes, ints
+from common.wire.base import LeaseKey, Message
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class Outcome(StrEnum):
+    """What a verifier found. A failure (timeout, error) is masked from training and never reward 0."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNPARSABLE = "unparsable"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+    @property
+    def graded(self) -> bool:
+        """Whether the completion has a reward."""
+        return self not in (Outcome.TIMEOUT, Outcome.ERROR)
+
+
+class VersionSpan(NamedTuple):
+    """A run of tokens sampled under one version; `end` is exclusive."""
+
+    end: int
+    version: Version
+
+
+class Completion(Message):
+    """One sampled answer.
+
+    Attributes:
+        token_ids: int32 bytes of the response, the stop token included where one ended it.
+        logprobs: float32 bytes, what each token was sampled with (temperature applied), from the engine.
+        versions: int32 bytes, triples (end, lineage, number) in order, the last end is the number of tokens.
+        finish_reason: Why it ended.
+        seed: Of its sampler.
+    """
+
+    token_ids: bytes
+    logprobs: bytes
+    versions: bytes
+    finish_reason: FinishReason
+    seed: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the response in tokens."""
+        return len(self.token_ids) // 4
+
+    def spans(self) -> list[VersionSpan]:
+        """The version spans, in order."""
+        return [VersionSpan(int(e), Version(int(lin), int(n))) for e, lin, n in ints(self.versions).reshape(-1, 3)]
+
+    def check(self) -> None:
+        """Checks what the types cannot say.
+
+        Raises:
+            WireError: The arrays do not fit together, or a logprob is not a finite number at most 0.
+        """
+        if len(self.token_ids) % 4 or len(self.versions) % 12 or not self.token_ids:
+            sizes = f"{len(self.token_ids)} and {len(self.versions)} bytes"
+            raise WireError(f"found arrays of {sizes}, expected int32 and int32 triples")
+        if len(self.logprobs) != len(self.token_ids):
+            raise WireError(f"found {len(self.logprobs) // 4} logprobs for {self.num_tokens} tokens, expected one each")
+        logprobs = floats(self.logprobs)
+        if not (np.isfinite(logprobs).all() and (logprobs <= 1e-5).all()):
+            raise WireError("found a logprob that is not a finite number at most 0")
+        triples = ints(self.versions).reshape(-1, 3)
+        ends = triples[:, 0]
+        if not len(ends) or ends[-1] != self.num_tokens or ends[0] <= 0 or (np.diff(ends) <= 0).any():
+            raise WireError(f"found version spans to {ends.tolist()}, expected them to cover {self.num_tokens} tokens")
+        if (triples[:, 1:] < 0).any() or (ints(self.token_ids) < 0).any():
+            raise WireError("found a negative token id or version, expected none")
+
+
+class Grade(Message):
+    """What a verifier says of one completion.
+
+    Attributes:
+        outcome: The kind of result.
+        correct: The correctness reward, before penalties; uniform groups are judged by it.
+        reward: The whole reward, penalties included. 0 and without meaning where the outcome is a failure.
+        extracted: The answer that was found in the text, for people to read.
+    """
+
+    outcome: Outcome
+    correct: float
+    reward: float
+    extracted: str = ""
+
+
+class Group(Message):
+    """The completions of one prompt, on their way to a verifier.
+
+    Attributes:
+        key: The lease under which they were sampled.
+        generator: Name of the process that sampled them.
+        prompt_id: Of the prompt, for logs.
+        answer: The reference answer.
+        reward: Name of the reward.
+        completions: `group_size` of them, or the evaluation's number of samples.
+        seconds: Wall-clock from lease to last token.
+    """
+
+    key: LeaseKey
+    generator: str
+    prompt_id: str
+    answer: str
+    reward: str
+    completions: tuple[Completion, ...]
+    seconds: float
+
+
+class ScoredGroup(Message):
+    """A group with a grade for each completion, in order."""
+
+    group: Group
+    grades: tuple[Grade, ...]
+    verifier: str
+
+
+class Verdict(Message):
+    """What the ledger made of a scored group. Each of the three ends the generator's keeping of it."""
+
+    status: str  # "stored", "duplicate" or "refused"
+    reason: str = ""
+
+
+def span_bytes(spans: list[VersionSpan]) -> bytes:
+    """Version spans as int32 triples."""
+    return int_bytes([number for span in spans for number in (span.end, *span.version)])

@@ -1,0 +1,80 @@
+"""Who may produce what: prompts, leases, and room at a verifier."""
+
+from common.versions import Version
+from common.wire.base import LeaseKey, Message
+
+
+class Prompt(Message):
+    """One task.
+
+    Attributes:
+        id: Unique in the run: data set, line.
+        source: Name of the data set it came from.
+        token_ids: int32 bytes, the chat template applied.
+        answer: The reference answer.
+        reward: Name of the reward that grades it.
+    """
+
+    id: str
+    source: str
+    token_ids: bytes
+    answer: str
+    reward: str
+
+
+class Sampling(Message):
+    """How an engine samples. `top_k` = 0 considers all tokens; `temperature` = 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class LeaseRequest(Message):
+    """A generator has room for up to `room` more groups; its engine holds `version`."""
+
+    name: str
+    version: Version
+    room: int
+
+
+class Lease(Message):
+    """Permission to produce one group.
+
+    Attributes:
+        key: Fences its result.
+        prompt: What to complete.
+        num_completions: How many.
+        sampling: How.
+        seed: Completion i samples with seed + i.
+        pinned_version: For an evaluation: the version the engine should keep until it is done.
+    """
+
+    key: LeaseKey
+    prompt: Prompt
+    num_completions: int
+    sampling: Sampling
+    seed: int
+    pinned_version: Version | None = None
+
+
+class Leases(Message):
+    """Granted leases, oldest visit first; empty where the request timed out, with what the ledger waits for."""
+
+    leases: tuple[Lease, ...]
+    waiting_for: str = ""
+
+
+class RoomRequest(Message):
+    """A generator has `num_groups` to hand over."""
+
+    num_groups: int
+
+
+class Room(Message):
+    """The verifier has room for `num_groups` from this peer, for a while."""
+
+    num_groups: int
