@@ -13,12 +13,14 @@ import msgspec
 
 from common.config import Config
 from common.errors import RunDirectoryError
+from common.files import write_atomically
 from common.log import logger
 from common.versions import Version
 from learner.export import write_hugging_face
 from learner.megatron.policy import Policy
 
 _VERSION = "version.json"
+_ACCURACY = "accuracy.json"
 HUGGING_FACE = "huggingface"
 _MEGATRON = "megatron"
 
@@ -68,8 +70,13 @@ class Checkpoints:
         path = self._path(version) / _VERSION
         return path.exists() and msgspec.json.decode(path.read_bytes(), type=Version) == version
 
-    def mark_best(self, version: Version) -> None:
-        """Links `best` to the checkpoint of a version."""
+    def mark_best(self, version: Version, accuracy: float) -> None:
+        """Links `best` to the checkpoint of a version, where there is one and no better one has been marked."""
+        best = self._best / _ACCURACY
+        best_accuracy = msgspec.json.decode(best.read_bytes(), type=float) if best.exists() else -1.0
+        if not self.has(version) or not accuracy >= best_accuracy:
+            return
+        write_atomically(self._path(version) / _ACCURACY, msgspec.json.encode(accuracy))
         temporary = self._best.with_name(".best")
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(self._path(version).name)

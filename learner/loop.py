@@ -35,7 +35,6 @@ class Learner:
         self._checkpoints = Checkpoints(config, run_dir)
         self._recorder = Recorder(config, run_dir)
         self._lineages = Lineages()
-        self._best_accuracy = -1.0
         self.version = Version(0, 0)
 
     def train(self) -> None:
@@ -102,11 +101,11 @@ class Learner:
         self._recorder.step(self.version, groups, metrics, watch.lap(), status)
 
     def _record_evaluations(self, status: wire.StatusReport) -> None:
+        """Writes what came in; the best checkpoint is the one with the best mean over the held-out sets."""
         self._recorder.evaluations(status.evaluations)
-        for evaluation in status.evaluations:
-            if evaluation.accuracy >= self._best_accuracy and self._checkpoints.has(evaluation.version):
-                self._best_accuracy = evaluation.accuracy
-                self._checkpoints.mark_best(evaluation.version)
+        for version in dict.fromkeys(evaluation.version for evaluation in status.evaluations):
+            accuracies = [e.accuracy for e in status.evaluations if e.version == version]
+            self._checkpoints.mark_best(version, sum(accuracies) / len(accuracies))
 
     def _end(self, reason: str) -> None:
         """The accounts, after the final evaluation where the run is complete; a stopped run can go on later."""

@@ -9,7 +9,8 @@ import zmq.asyncio
 
 from common import wire
 from common.errors import DeadlineError, RefusedError, RunDirectoryError, SilenceError
-from common.transport import Client, Rendezvous, RunKeys, Service, ledger_client
+from common.rendezvous import Rendezvous, RunKeys
+from common.transport import Client, Service, ledger_client
 
 STATUS = wire.Status()
 

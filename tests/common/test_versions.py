@@ -1,8 +1,7 @@
 """Versions and lineages, against a table that is written from the definition."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from common.errors import WireError
 from common.versions import Lineages, Version

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from common import wire
 from common.errors import WireError
@@ -14,7 +13,9 @@ def completion(tokens: list[int], ends: list[int] | None = None, **changes: obje
     fields: dict[str, object] = {
         "token_ids": wire.int_bytes(tokens),
         "logprobs": wire.float_bytes([-0.5] * len(tokens)),
-        "versions": wire.span_bytes([wire.VersionSpan(end, Version(0, i)) for i, end in enumerate(ends or [len(tokens)])]),
+        "versions": wire.span_bytes(
+            [wire.VersionSpan(end, Version(0, i)) for i, end in enumerate(ends or [len(tokens)])]
+        ),
         "finish_reason": wire.FinishReason.STOP,
         "seed": 1,
     }

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, DataConfig, DataFile, SamplingConfig
+from common.config import Config
 from common.layout import load_config
+from common.sections import DataConfig, DataFile, SamplingConfig
 from launch.plan import REPOSITORY, derived_numbers, plan_processes
 from launch.resolved import to_toml
 from tests.launch.conftest import Cluster

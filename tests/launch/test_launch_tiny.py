@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from common.config import Config
 from common.layout import load_config
-from common.transport import RunKeys
+from common.rendezvous import RunKeys
 from launch.builtin import build_once, tiny_directory, with_tiny_task
 from launch.checks import count_parameters
 from launch.cluster import LAYOUTS

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from common import wire
-from common.config import Config, LossConfig
+from common.config import Config
+from common.sections import LossConfig
 from common.versions import Lineages, Version
 from learner.advantage import group_advantages
 from learner.batch import Sequence, completion_staleness, group_sequences, pack
@@ -79,7 +79,9 @@ def test_a_sequence_longer_than_a_micro_batch_is_refused_with_both_numbers() -> 
         pack([sequence(10, 20)], 20)
 
 
-def completion(spans: list[tuple[int, int, int]], reason: wire.FinishReason = wire.FinishReason.STOP) -> wire.Completion:
+def completion(
+    spans: list[tuple[int, int, int]], reason: wire.FinishReason = wire.FinishReason.STOP
+) -> wire.Completion:
     num = spans[-1][0]
     return wire.Completion(
         token_ids=wire.int_bytes(list(range(num))),

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from common.config import LossConfig
+from common.sections import LossConfig
 from learner.batch import MicroBatch
 from learner.gspo import gspo_loss, proximal
 
@@ -126,9 +125,7 @@ def random_examples(seed: int, num: int, longest: int = 40) -> list[Example]:
 def test_loss_and_gradients_equal_the_reference_on_ragged_lengths_and_nan_padding(
     mode: str, seed: int, num: int, clip: float, delta: float, narrowing: float
 ) -> None:
-    config = LossConfig(
-        proximal=mode, clip_low=clip, clip_high=clip * 4 / 3, staleness_clip=delta, narrowing=narrowing
-    )
+    config = LossConfig(proximal=mode, clip_low=clip, clip_high=clip * 4 / 3, staleness_clip=delta, narrowing=narrowing)
     assert_equals_reference(random_examples(seed, num), config)
 
 

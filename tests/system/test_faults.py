@@ -56,3 +56,22 @@ def test_a_launcher_that_is_killed_leaves_no_process(start_run: Callable[..., Ru
     run.launcher.wait(10)
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive, [p.cmdline() for p in alive]
+
+
+def test_an_engine_that_differs_from_the_learner_stops_the_run_with_a_message(start_run: Callable[..., Run]) -> None:
+    run = start_run("generator.gate_max=1e-12")
+    assert run.wait(120) == 4, run.output()[-3000:]
+    assert "generator-0" in run.output().splitlines()[-1]
+    assert "expected at most 1e-12: the engine does not hold the learner's weights" in run.output()
+    assert not run.rows("step")
+    run.assert_nothing_is_left()
+
+
+def test_a_process_that_dies_once_too_often_ends_the_run_and_all_the_others(start_run: Callable[..., Run]) -> None:
+    run = start_run("run.max_restarts=0", "steps=500")
+    run.wait_for_step(1)
+    run.kill("verifier")
+    assert run.wait(90) == 1, run.output()[-3000:]
+    assert "verifier-0" in run.output().splitlines()[-1]
+    run.assert_nothing_is_left()
+    assert run.audit().returncode == 0

@@ -81,20 +81,27 @@ def _check_checkpoint(path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
     began = AutoModelForCausalLM.from_pretrained(read_resolved(path.parents[2]).model, dtype=torch.float32)
-    moved = [float((a - b).abs().max()) for a, b in zip(model.parameters(), began.parameters(), strict=True)]
+    moved = [float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), began.parameters(), strict=True)]
     assert 0 < max(moved) < 0.1
     ids = tokenizer("12+34=", return_tensors="pt", add_special_tokens=False).input_ids
     answer = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(answer).startswith("46")
 
 
-def test_max_staleness_0_is_synchronous(start_run: Callable[..., Run]) -> None:
-    run = start_run("steps=4", "evaluation.every=4", "max_staleness=0", "learner.checkpoint_every=4")
-    assert run.wait() == 0, run.output()[-3000:]
-    run.assert_sound()
-    assert all(row["staleness_max"] == 0 for row in run.rows("step"))
-    # What was sampled under the very weights that train on it differs by rounding alone.
-    assert all(row["staleness_clip_fraction"] == 0 for row in run.rows("step"))
+def test_max_staleness_0_is_synchronous_and_repeatable(start_run: Callable[..., Run]) -> None:
+    """Two runs with one seed sample the same tokens; their losses differ by the rounding of other batches at most."""
+    samples, losses = [], []
+    for name in ("first", "second"):
+        run = start_run("steps=4", "evaluation.every=4", "max_staleness=0", "learner.checkpoint_every=4", name=name)
+        assert run.wait() == 0, run.output()[-3000:]
+        run.assert_sound()
+        assert all(row["staleness_max"] == 0 for row in run.rows("step"))
+        assert all(row["staleness_clip_fraction"] == 0 for row in run.rows("step"))
+        lines = (run.directory / "samples.jsonl").read_text().splitlines()
+        samples.append([(sample["prompt_id"], sample["text"]) for sample in map(json.loads, lines)])
+        losses.append([row["grad_norm"] for row in run.rows("step")])
+    assert samples[0] == samples[1]
+    assert np.allclose(losses[0], losses[1], rtol=1e-4)
 
 
 def test_a_mixture_of_experts_trains_on_a_file_prepared_for_verl(start_run: Callable[..., Run], tmp_path: Path) -> None:
@@ -116,16 +123,36 @@ def test_a_mixture_of_experts_trains_on_a_file_prepared_for_verl(start_run: Call
         for i in range(60)
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
-    overrides = (f"model={model}", f"data.train={tmp_path / 'train.parquet'}", "sampling.max_tokens=1")
-    run = start_run(*overrides, "steps=2", "groups_per_step=4", "group_size=64", "learner.checkpoint_every=2")
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "z+z=", "answer": "7"}\n{"prompt": "y+y=", "answer": "8"}\n')
+    run = start_run(
+        f"model={model}",
+        f"data.train={tmp_path / 'train.parquet'}",
+        f"data.test=[{{path='{tmp_path / 'held_out.jsonl'}', name='a'}}, {{path='{tmp_path / 'held_out.jsonl'}', name='b'}}]",
+        "evaluation.num_samples=8",
+        "evaluation.sampling.temperature=1.0",
+        "evaluation.every=2",
+        "sampling.max_tokens=2",
+        "sampling.stop=['3']",
+        "steps=2",
+        "groups_per_step=4",
+        "group_size=64",
+        "learner.checkpoint_every=2",
+    )
     assert run.wait() == 0, run.output()[-3000:]
     run.assert_sound()
     assert all(row["grad_norm"] > 0 for row in run.rows("step"))
+    evaluations = {(row["step"], row["source"]): row for row in run.rows("evaluation")}
+    assert set(evaluations) == {(step, source) for step in (0, 2) for source in "ab"}
+    assert all(row["num_samples"] == 8 and row["num_prompts"] == 2 for row in evaluations.values())
+    assert all(row["pass_at_k"] >= row["accuracy"] for row in evaluations.values())
+    texts = [json.loads(line)["text"] for line in (run.directory / "samples.jsonl").read_text().splitlines()]
+    assert not any(text.startswith("3") and len(text) > 1 for text in texts), "a stop string ends a response"
     define_torchvision_operators()
     from transformers import AutoModelForCausalLM
 
     trained = AutoModelForCausalLM.from_pretrained(run.summary()["checkpoint"], dtype=torch.float32)
     began = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    moved = {n: float((a - b).abs().max()) for (n, a), (_, b) in zip(trained.named_parameters(), began.named_parameters(), strict=True)}
+    before = dict(began.named_parameters())
+    moved = {name: float((weight - before[name]).detach().abs().max()) for name, weight in trained.named_parameters()}
     assert all(np.isfinite(list(moved.values())))
     assert any(moved[name] > 0 for name in moved if "experts" in name)

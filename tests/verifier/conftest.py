@@ -8,9 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from common import wire
-from common.config import Config, VerifierConfig
+from common.config import Config
 from common.layout import write_resolved
-from common.transport import RunKeys
+from common.rendezvous import RunKeys
+from common.sections import VerifierConfig
 from common.versions import Version
 
 ROOT = Path(__file__).parents[2]

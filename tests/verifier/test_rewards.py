@@ -2,8 +2,7 @@
 
 import pytest
 
-from common.rewards import DEFAULT_REWARD
-from common.rewards import REWARDS as NAMES
+from common.rewards import DEFAULT_REWARD, REWARDS as NAMES
 from common.wire import Outcome
 from verifier.rewards import REWARDS
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
-from common.config import VerifierConfig
 from common.errors import ConfigError, SluiceError
+from common.sections import VerifierConfig
 from common.wire import Grade, Outcome
 from verifier.sandbox import Sandbox
 from verifier.tasks import Task

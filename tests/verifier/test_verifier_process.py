@@ -15,7 +15,8 @@ import pytest
 
 from common import wire
 from common.errors import RefusedError
-from common.transport import Client, Rendezvous, RunKeys, Service
+from common.rendezvous import Rendezvous, RunKeys
+from common.transport import Client, Service
 
 MakeRun = Callable[..., Path]
 MakeGroup = Callable[..., wire.Group]

@@ -9,9 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from common import wire
-from common.config import Config, DataConfig
+from common.config import Config
 from common.layout import write_resolved
-from common.transport import RunKeys
+from common.rendezvous import RunKeys
+from common.sections import DataConfig
 from common.versions import Version
 from common.wire import LeaseKey
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from common import wire
-from common.config import Config, EvaluationConfig, LeaseConfig, SamplingConfig
+from common.config import Config
+from common.sections import EvaluationConfig, LeaseConfig, SamplingConfig
 from common.versions import Version
 from learner.ledger.evaluations import Evaluations
 

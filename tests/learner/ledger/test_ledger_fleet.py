@@ -1,8 +1,7 @@
 """Members, their rates, and how roles overlap."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from common import wire
 from common.wire import Role, Span

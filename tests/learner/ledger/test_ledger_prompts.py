@@ -13,8 +13,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from common import wire
-from common.config import Config, DataConfig, DataFile
+from common.config import Config
 from common.errors import DataError, ModelError, SluiceError
+from common.sections import DataConfig, DataFile
 from learner.ledger.prompts import Prepared, prepare
 from learner.ledger.store import Store
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from common import wire
-from common.config import Config, LearnerConfig, LeaseConfig, LossConfig
+from common.config import Config
 from common.errors import RefusedError
+from common.sections import LearnerConfig, LeaseConfig, LossConfig
 from common.versions import Version
 from common.wire import LeaseKey, VisitState
 from learner.ledger.evaluations import EvaluationChanges

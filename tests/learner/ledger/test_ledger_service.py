@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from common import wire
-from common.config import Config, LeaseConfig
+from common.config import Config
 from common.errors import RefusedError
-from common.transport import Client, RunKeys, ledger_client
+from common.rendezvous import RunKeys
+from common.sections import LeaseConfig
+from common.transport import Client, ledger_client
 from common.versions import Version
 from learner.ledger.audit import audit
 

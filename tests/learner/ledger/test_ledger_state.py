@@ -7,8 +7,9 @@ import msgspec
 import pytest
 
 from common import wire
-from common.config import Config, LearnerConfig, LeaseConfig, LossConfig
+from common.config import Config
 from common.errors import RefusedError
+from common.sections import LearnerConfig, LeaseConfig, LossConfig
 from common.versions import Version
 from common.wire import LeaseKey, VisitState
 from learner.ledger.state import Ledger
