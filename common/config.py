@@ -1,269 +1,26 @@
-"""What a run is made of: one frozen struct a section, read from a layout and overrides, checked before anything starts."""
+"""What a run is made of, read from a layout and overrides (common/layout.py) and checked before anything starts."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
 from common.errors import ConfigError
-from common.wire import Sampling
-
-Count = Annotated[int, Meta(ge=1)]
-Natural = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(gt=0, le=604_800)]
-Positive = Annotated[float, Meta(gt=0)]
-NonNegative = Annotated[float, Meta(ge=0)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Dtype = Literal["float32", "bfloat16"]
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the sections."""
-
-
-class RunConfig(Section):
-    """Where the run lives.
-
-    Attributes:
-        name: Pattern of the run's name, in strftime's form; the directory is `runs/NAME`.
-        dir: The run directory, in place of `runs/NAME` where not empty.
-        stall_timeout_s: How long the run may stand still before it stops with a non-zero exit code.
-        stop_timeout_s: How long each role may take to stop before it is killed.
-        max_restarts: How often one process may be restarted before the run stops.
-        host: The address that sockets bind; loopback for one machine.
-        ledger_port: The ledger's port; 0 takes a free one.
-    """
-
-    name: str = "run-%Y%m%d-%H%M%S"
-    dir: str = ""
-    stall_timeout_s: Seconds = 300.0
-    stop_timeout_s: Seconds = 60.0
-    max_restarts: Natural = 5
-    host: str = "127.0.0.1"
-    ledger_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
-
-
-class DataFile(Section):
-    """One file of prompts.
-
-    Attributes:
-        path: JSONL or Parquet, with columns `prompt` and `answer`, or verl's.
-        name: Of the set, in metrics; the file's stem where empty.
-        weight: Share of the visits, relative to the other files'.
-        reward: Name of the reward; the row's `data_source` decides where empty.
-    """
-
-    path: str
-    name: str = ""
-    weight: Positive = 1.0
-    reward: str = ""
-
-
-class DataConfig(Section):
-    """The prompts.
-
-    Attributes:
-        train: One file, or several that are mixed by weight.
-        test: Held-out sets, none of whose prompts is trained on.
-        max_prompt_tokens: Longest prompt, with the chat template applied.
-        over_long: What becomes of longer ones: dropped and counted, or an error.
-        system_prompt: Put before chat messages that have none.
-        chat_template_kwargs: Passed to the model's chat template.
-        shuffle: Whether each epoch has an order of its own, drawn with the run's seed.
-    """
-
-    train: str | tuple[DataFile, ...] = ""
-    test: str | tuple[DataFile, ...] = ""
-    max_prompt_tokens: Count = 1024
-    over_long: Literal["drop", "error"] = "drop"
-    system_prompt: str = ""
-    chat_template_kwargs: dict[str, str | int | float | bool] = {}
-    shuffle: bool = True
-
-    @property
-    def train_files(self) -> tuple[DataFile, ...]:
-        """`train` as files."""
-        return _files(self.train)
-
-    @property
-    def test_files(self) -> tuple[DataFile, ...]:
-        """`test` as files."""
-        return _files(self.test)
-
-
-class SamplingConfig(Section):
-    """How completions are sampled.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_p: Nucleus.
-        top_k: 0 considers all tokens.
-        max_tokens: Longest response.
-        stop: Strings that end a response.
-        stop_token_ids: Tokens that end a response, beside the model's own.
-    """
-
-    temperature: NonNegative = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Natural = 0
-    max_tokens: Count = 1024
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[Natural, ...] = ()
-
-    def on_wire(self) -> Sampling:
-        """As a lease carries it."""
-        return Sampling(**msgspec.structs.asdict(self))
-
-
-class EvaluationConfig(Section):
-    """Held-out evaluation while training goes on.
-
-    Attributes:
-        every: Steps between evaluations; there is one before the first step and one after the last.
-        num_samples: Completions a prompt: k of avg@k and pass@k.
-        sampling: How they are sampled.
-    """
-
-    every: Count = 10
-    num_samples: Count = 1
-    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
-
-
-class LossConfig(Section):
-    """GSPO with two ratios (docs/algorithm.md).
-
-    Attributes:
-        proximal: What the trust-region ratio is measured against: the learner's weights at the start of the step
-            (`recompute`), a mixture of generator and learner (`interpolate`), or the generator (`generator`).
-        clip_low: Trust-region clip below 1.
-        clip_high: Trust-region clip above 1.
-        staleness_clip: delta of the one-sided staleness clip; inf switches it off.
-        weight_cap: c: the staleness ratio is truncated to [1/c, c].
-        narrowing: k of h(d) = max(narrowing_floor, 1 / (1 + k d)), which narrows the clip of stale completions.
-        narrowing_floor: Lower bound of h.
-        truncated: Completions cut by the length limit are graded and trained, or masked.
-        filter_uniform: Whether groups whose correctness rewards are all equal are filtered out.
-        shuffle_rewards: A control experiment: each group's rewards are permuted, so that nothing can be learned.
-    """
-
-    proximal: Literal["recompute", "interpolate", "generator"] = "recompute"
-    clip_low: Positive = 3e-4
-    clip_high: Positive = 4e-4
-    staleness_clip: NonNegative = 0.1
-    weight_cap: Annotated[float, Meta(ge=1)] = 2.0
-    narrowing: NonNegative = 0.0
-    narrowing_floor: Annotated[float, Meta(gt=0, le=1)] = 0.1
-    truncated: Literal["train", "mask"] = "train"
-    filter_uniform: bool = True
-    shuffle_rewards: bool = False
-
-
-class OptimizerConfig(Section):
-    """AdamW.
-
-    Attributes:
-        lr: Learning rate after warm-up.
-        warmup_steps: Steps of linear warm-up.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled.
-        clip_norm: Largest global gradient norm.
-    """
-
-    lr: Positive = 1e-6
-    warmup_steps: Natural = 0
-    beta1: Share = 0.9
-    beta2: Share = 0.95
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.1
-    clip_norm: Positive = 1.0
-
-
-class LearnerConfig(Section):
-    """The learner.
-
-    Attributes:
-        dtype: Of the parameters.
-        max_tokens_per_microbatch: Packed tokens of one forward pass; a longer sequence is an error.
-        checkpoint_every: Steps between checkpoints; there is one after the last step.
-        keep_checkpoints: How many of the newest are kept.
-    """
-
-    dtype: Dtype = "float32"
-    max_tokens_per_microbatch: Count = 8192
-    checkpoint_every: Count = 50
-    keep_checkpoints: Count = 2
-
-
-class GeneratorConfig(Section):
-    """The generators; each has one SGLang engine.
-
-    Attributes:
-        count: Processes that the launcher starts.
-        dtype: Of the engine's weights and activations.
-        max_running_requests: Completions that one engine works on at once.
-        max_total_tokens: Tokens that one engine's KV cache holds.
-        max_groups: Groups that one generator holds at once.
-        gate_max: float32: largest difference between an engine's and the learner's logprob of a probe token.
-        gate_mean: bfloat16: largest mean difference.
-        gate_p99: bfloat16: largest 99th percentile of the difference.
-    """
-
-    count: Count = 1
-    dtype: Dtype = "float32"
-    max_running_requests: Count = 256
-    max_total_tokens: Count = 65_536
-    max_groups: Count = 32
-    gate_max: Positive = 1e-4
-    gate_mean: Positive = 0.02
-    gate_p99: Positive = 0.2
-
-
-class VerifierConfig(Section):
-    """The verifiers.
-
-    Attributes:
-        count: Processes that the launcher starts.
-        num_workers: Grading processes of each.
-        max_groups: Groups that one verifier holds at once.
-        deadline_s: Wall-clock of one grade; then its worker is killed and the outcome is `timeout`.
-        memory_bytes: Address space of a grading process.
-        max_items: Grades before a grading process is replaced.
-    """
-
-    count: Count = 1
-    num_workers: Count = 1
-    max_groups: Count = 64
-    deadline_s: Seconds = 5.0
-    memory_bytes: Annotated[int, Meta(ge=1 << 26)] = 2 << 30
-    max_items: Count = 100_000
-
-
-class LeaseConfig(Section):
-    """The ledger's leases.
-
-    Attributes:
-        heartbeat_timeout_s: Silence after which a generator's leases are granted to others.
-        completion_timeout_s: How long one attempt at a group may take.
-        max_attempts: Attempts after which a visit is quarantined.
-    """
-
-    heartbeat_timeout_s: Seconds = 15.0
-    completion_timeout_s: Seconds = 600.0
-    max_attempts: Count = 8
-
-
-class WeightsConfig(Section):
-    """How weights reach the engines.
-
-    Attributes:
-        dir: Memory-backed directory for published versions.
-        keep: Published versions that are kept.
-    """
-
-    dir: str = "/dev/shm"  # noqa: S108
-    keep: Annotated[int, Meta(ge=2)] = 3
+from common.sections import (
+    Count,
+    DataConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    LearnerConfig,
+    LeaseConfig,
+    LossConfig,
+    Natural,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    Section,
+    VerifierConfig,
+    WeightsConfig,
+)
 
 
 class Config(Section):
@@ -311,6 +68,7 @@ class Config(Section):
 
 def _contradictions(config: Config) -> list[tuple[bool, str]]:
     loss, steps = config.loss, config.updates_per_step
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
     return [
         (
             config.groups_per_step % steps != 0,
@@ -351,19 +109,13 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
             f"optimizer.warmup_steps: found {config.optimizer.warmup_steps}, expected at most steps = {config.steps}",
         ),
         (
-            config.data.max_prompt_tokens + config.sampling.max_tokens > config.learner.max_tokens_per_microbatch,
+            longest > config.learner.max_tokens_per_microbatch,
             f"learner.max_tokens_per_microbatch: found {config.learner.max_tokens_per_microbatch}, expected at least "
-            f"data.max_prompt_tokens + sampling.max_tokens = {config.data.max_prompt_tokens + config.sampling.max_tokens}",
+            f"data.max_prompt_tokens + sampling.max_tokens = {longest}",
         ),
         (
-            config.data.max_prompt_tokens + config.sampling.max_tokens > config.generator.max_total_tokens,
+            longest > config.generator.max_total_tokens,
             f"generator.max_total_tokens: found {config.generator.max_total_tokens}, expected at least "
-            f"data.max_prompt_tokens + sampling.max_tokens = {config.data.max_prompt_tokens + config.sampling.max_tokens}",
+            f"data.max_prompt_tokens + sampling.max_tokens = {longest}",
         ),
     ]
-
-
-def _files(files: str | tuple[DataFile, ...]) -> tuple[DataFile, ...]:
-    if isinstance(files, str):
-        return (DataFile(path=files),) if files else ()
-    return files

@@ -13,11 +13,11 @@
     ├── GateError                   generator and learner disagree on logprobs; exit code 4
     └── StallError                  a run that cannot go on, with what it waits for; exit code 3
 
-A process that ends with 2, 3 or 4 is not restarted. Each message is one line: what was found, what was expected, and where.
+A process that ends with 2, 3 or 4 is not restarted. Each message is one line: what was found, what was expected, where.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
@@ -78,7 +78,7 @@ class StallError(SluiceError):
 
 
 @contextmanager
-def exit_on_error() -> Iterator[None]:
+def exit_on_error() -> Generator[None]:
     """Turns a SluiceError into one line on stderr and its exit code; every other exception keeps its traceback."""
     try:
         yield

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from common import wire
@@ -27,7 +27,7 @@ class Activity:
         self.gauges: dict[str, float] = {}
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self) -> Generator[None]:
         """The process has work inside this block."""
         if self._num_open == 0:
             self._busy_from = time.time()
@@ -77,7 +77,7 @@ class Membership:
         *,
         deadline_s: float,
         holds: Callable[[], tuple[wire.LeaseKey, ...]] = tuple,
-        cancel: Callable[[tuple[wire.LeaseKey, ...]], None] = lambda keys: None,
+        cancel: Callable[[tuple[wire.LeaseKey, ...]], None] = lambda _: None,
     ) -> None:
         """`holds` names the leases to renew, `cancel` hears of those no longer wanted; both are called in the loop."""
         self._ledger = ledger

@@ -36,7 +36,7 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """The whole rows from byte `offset` on, each with the offset after it; an unfinished last line is left for later."""
+    """The whole rows from byte `offset` on, each with the offset after it; an unfinished last line is left."""
     path = run_dir / METRICS
     if not path.exists():
         return

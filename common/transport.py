@@ -17,69 +17,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-import msgspec
 import zmq
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from common import wire
 from common.errors import DeadlineError, RefusedError, RunDirectoryError, SilenceError, SluiceError, WireError
-from common.files import read_private, write_atomically
 from common.log import logger
+from common.rendezvous import Rendezvous, RunKeys
 
 KEEPALIVE_S = 1.0
 SILENCE_S = 5.0
-RENDEZVOUS = "rendezvous.json"
-_KEYS = "keys.json"
 _HEARTBEAT_MS = 2_000
 
 A = TypeVar("A", bound=wire.Message)
 Handler = Callable[[bytes, wire.Request], Awaitable[wire.Answer]]
-
-
-class RunKeys(msgspec.Struct, frozen=True):
-    """The run's CURVE key pair (Z85). Who can read it belongs to the run: it is server key and client key at once."""
-
-    public: str
-    secret: str
-
-    @classmethod
-    def create(cls, run_dir: Path) -> Self:
-        """New keys, written to the run directory with mode 0600."""
-        public, secret = zmq.curve_keypair()
-        keys = cls(public.decode(), secret.decode())
-        write_atomically(run_dir / _KEYS, msgspec.json.encode(keys), mode=0o600)
-        return keys
-
-    @classmethod
-    def load(cls, run_dir: Path) -> Self:
-        """The keys of the run.
-
-        Raises:
-            RunDirectoryError: There are none, or others may read them.
-        """
-        return msgspec.json.decode(read_private(run_dir / _KEYS), type=cls)
-
-
-class Rendezvous(msgspec.Struct, frozen=True):
-    """Where the ledger listens: the only well-known address of a run."""
-
-    address: str
-    public_key: str
-    incarnation: int
-
-    def write(self, run_dir: Path) -> None:
-        """Writes the file whole or not at all."""
-        write_atomically(run_dir / RENDEZVOUS, msgspec.json.encode(self))
-
-    @classmethod
-    def read(cls, run_dir: Path) -> Self:
-        """The rendezvous of the run.
-
-        Raises:
-            FileNotFoundError: The ledger has not started yet.
-        """
-        return msgspec.json.decode((run_dir / RENDEZVOUS).read_bytes(), type=cls)
 
 
 def _secure(socket: zmq.asyncio.Socket, keys: RunKeys | None, *, server: bool) -> None:
@@ -103,10 +55,12 @@ class _OnlyThisRun:
     """ZAP's credentials provider: a client is let in if it holds the run's key."""
 
     def __init__(self, public: str) -> None:
-        self._key = zmq.utils.z85.decode(public)
+        self._key = public.encode()
 
     def callback(self, domain: str, key: bytes) -> bool:
-        return zmq.utils.z85.decode(key) == self._key
+        """Whether the client with this key, as Z85, is let in."""
+        del domain
+        return key == self._key
 
 
 class Service:
@@ -137,7 +91,7 @@ class Service:
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise RunDirectoryError(f"found {host}:{port} taken ({error}), expected a free port") from error
-        self.endpoint: str = self._socket.last_endpoint.decode()
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.num_refused = 0
         self._held: dict[tuple[bytes, bytes], asyncio.Task[None]] = {}
         self._complained: set[bytes] = set()
@@ -170,7 +124,10 @@ class Service:
 
     async def _answer(self, peer: bytes, request_id: bytes, data: bytes) -> None:
         try:
-            answer = await self._handler(peer, wire.decode(data))  # type: ignore[arg-type]
+            request = wire.decode(data)
+            if not isinstance(request, wire.Request):
+                raise WireError(f"found {type(request).__name__}, expected a request")
+            answer = await self._handler(peer, request)
         except WireError as error:
             self._complain(peer, str(error))
             answer = wire.Refused(reason=str(error))
@@ -309,5 +266,3 @@ class Client:
 def ledger_client(run_dir: Path) -> Client:
     """A client of the run's ledger, wherever the rendezvous file says that it listens."""
     return Client(lambda: Rendezvous.read(run_dir).address, keys=RunKeys.load(run_dir), name="ledger")
-
-

@@ -50,7 +50,7 @@ class Lineages:
     def __init__(self, branches: tuple[Version | None, ...] = (None,)) -> None:
         """`branches[i]` is the version that lineage i resumed from; None for lineage 0."""
         self.branches = tuple(None if b is None else Version(*b) for b in branches)
-        assert self.branches and self.branches[0] is None
+        assert self.branches[:1] == (None,)
         assert all(b is not None and b.lineage < i for i, b in enumerate(self.branches) if i > 0)
 
     def opened_at(self, version: Version) -> "Lineages":

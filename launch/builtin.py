@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from common.config import Config, DataFile
+from common.config import Config
 from common.errors import RunDirectoryError
+from common.sections import DataFile
 from launch.plan import REPOSITORY, tiny_command
 from launch.processes import run_foreground
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
-from common.architectures import ARCHITECTURES
-from common.config import Config, DataFile
+from common.architectures import check_architecture, read_object
+from common.config import Config
 from common.errors import DataError, ModelError, RunDirectoryError
+from common.sections import DataFile
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -58,15 +59,8 @@ def count_parameters(model: Path) -> int:
     Raises:
         ModelError: The directory is missing, broken, or of an architecture that is not supported.
     """
-    if not model.is_dir():
-        raise ModelError(f"model: {model}: not found, expected the directory of a Hugging Face checkpoint")
-    config = _read_object(model / "config.json", "the model's configuration")
-    found = (config.get("architectures") or [None])[0]
-    if found not in ARCHITECTURES:
-        raise ModelError(
-            f"{model / 'config.json'}: found architecture {found}, expected one of {', '.join(ARCHITECTURES)}"
-        )
-    _read_object(model / "tokenizer.json", "the model's fast tokenizer")
+    check_architecture(model)
+    read_object(model / "tokenizer.json", "the model's fast tokenizer")
     return sum(_parameters_of(path) for path in _weight_files(model))
 
 
@@ -110,7 +104,7 @@ def _weight_files(model: Path) -> list[Path]:
         if not files:
             raise ModelError(f"{model}: found no weights, expected model.safetensors or an index of several files")
         return files
-    files = [model / name for name in sorted(set(_read_object(index, "").get("weight_map", {}).values()))]
+    files = [model / name for name in sorted(set(read_object(index, "").get("weight_map", {}).values()))]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None or not files:
         raise ModelError(f"{missing or index}: found no weights, expected the files that {index.name} names")
@@ -131,18 +125,6 @@ def _parameters_of(path: Path) -> int:
     if size_bytes != expected:
         raise ModelError(f"{path}: found {size_bytes:,} bytes, expected {expected:,}: the file is cut or damaged")
     return sum(math.prod(tensor["shape"]) for tensor in tensors)
-
-
-def _read_object(path: Path, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path}: not found, expected {what}") from None
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: found a {type(value).__name__}, expected an object")
-    return value
 
 
 def _gib(size_bytes: int) -> str:

@@ -40,7 +40,7 @@ class RunDirectory:
             lock = (path / LOCK).open("w")
         except OSError as error:
             raise RunDirectoryError(f"run.dir: {path}: cannot be written: {error.strerror}") from error
-        if not _try_lock(lock):
+        if not try_lock(lock):
             lock.close()
             raise _in_use(path)
         return cls(path, lock, is_new=is_new)
@@ -87,18 +87,14 @@ def check_unused(path: Path) -> None:
         return
     if (path / LOCK).exists():
         with (path / LOCK).open("r") as lock:
-            if not _try_lock(lock):
+            if not try_lock(lock):
                 raise _in_use(path)
         raise RunDirectoryError(f"run.dir: {path}: found a run that has ended, expected a new or empty directory")
     raise RunDirectoryError(f"run.dir: {path}: found other files, expected a new or empty directory")
 
 
-def published_weights(config: Config, public_key: str) -> Path:
-    """Where the learner publishes weights (learner/publish.py says the same): to be gone when the run is over."""
-    return Path(config.weights.dir) / f"sluice-{''.join(c for c in public_key if c.isalnum())[:8]}"
-
-
-def _try_lock(file: TextIO) -> bool:
+def try_lock(file: TextIO) -> bool:
+    """Locks the file until it is closed, however that comes about; false where another process has the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

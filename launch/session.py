@@ -1,7 +1,6 @@
 """One run from its checks to its report."""
 
 import asyncio
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,15 +11,16 @@ from rich.console import Console
 from common.config import Config
 from common.layout import write_resolved
 from common.log import logger, start_logging
-from common.transport import RunKeys
+from common.rendezvous import RunKeys
 from launch.builtin import build_once, tiny_directory, with_tiny_task
 from launch.checks import check_inputs
 from launch.display import Display
 from launch.plan import ProcessPlan, plan_processes, prepare_command
 from launch.processes import ProcessError, Supervisor, run_foreground
 from launch.progress import Progress
+from launch.published import PublishedWeights, remove_abandoned
 from launch.report import write_report
-from launch.run_directory import RunDirectory, check_unused, published_weights, run_path
+from launch.run_directory import RunDirectory, check_unused, run_path
 
 
 def run(config: Config) -> int:
@@ -33,6 +33,7 @@ def run(config: Config) -> int:
     display = Display(Console(highlight=False))
     path = run_path(config)
     check_unused(path)
+    remove_abandoned(Path(config.weights.dir))
     check_inputs(config)
     if not config.model:
         tiny = tiny_directory(config.seed)
@@ -40,19 +41,20 @@ def run(config: Config) -> int:
         config = with_tiny_task(config, tiny)
         check_inputs(config)
     directory = RunDirectory.claim(path)
-    public_key = _prepare(config, directory, display)
+    keys = _prepare(config, directory, display)
+    weights = PublishedWeights.claim(config.weights.of_run(keys.public))
     try:
         plans = plan_processes(config, directory.path)
         return asyncio.run(supervise(plans, config, directory.path, display))
     finally:
-        shutil.rmtree(published_weights(config, public_key), ignore_errors=True)
+        weights.remove()
         if text := write_report(directory.path):
             display.notice(text)
         directory.release()
 
 
-def _prepare(config: Config, directory: RunDirectory, display: Display) -> str:
-    """Fills the run directory, or leaves nothing of it; returns the run's public key.
+def _prepare(config: Config, directory: RunDirectory, display: Display) -> RunKeys:
+    """Fills the run directory, or leaves nothing of it; returns the run's keys.
 
     Raises:
         ProcessError: A prompt, or what belongs to it, is wrong.
@@ -65,7 +67,7 @@ def _prepare(config: Config, directory: RunDirectory, display: Display) -> str:
     except BaseException:
         directory.discard()
         raise
-    return keys.public
+    return keys
 
 
 async def supervise(plans: list[ProcessPlan], config: Config, run_dir: Path, display: Display) -> int:

@@ -12,7 +12,8 @@ from typing import Any, Self, TypeVar
 from common import wire
 from common.errors import StallError
 from common.membership import Activity, Membership
-from common.transport import Client, RunKeys, ledger_client
+from common.rendezvous import RunKeys
+from common.transport import Client, ledger_client
 from common.versions import Lineages, Version
 
 T = TypeVar("T")

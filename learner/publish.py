@@ -8,17 +8,11 @@ import torch
 
 from common import wire
 from common.config import Config
-from common.transport import RunKeys
+from common.rendezvous import RunKeys
 from common.versions import Version
 from learner.export import write_hugging_face
 
 PROBE_TOKENS = 64
-
-
-def weights_dir(config: Config, run_dir: Path) -> Path:
-    """Where the run's versions are published: named by the run's key, so that no two runs share it."""
-    run = "".join(c for c in RunKeys.load(run_dir).public if c.isalnum())[:8]
-    return Path(config.weights.dir) / f"sluice-{run}"
 
 
 class Publisher:
@@ -29,7 +23,7 @@ class Publisher:
     """
 
     def __init__(self, config: Config, run_dir: Path, vocab_size: int) -> None:
-        self._directory = weights_dir(config, run_dir)
+        self._directory = config.weights.of_run(RunKeys.load(run_dir).public)
         self._keep = config.weights.keep
         self._model_dir = Path(config.model)
         generator = torch.Generator().manual_seed(config.seed)

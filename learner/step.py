@@ -1,8 +1,5 @@
 """One step: groups in, `updates_per_step` optimizer updates, and the numbers that tell what happened."""
 
-from collections.abc import Callable
-from typing import Protocol
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -13,28 +10,7 @@ from common.config import Config
 from common.versions import Lineages, Version
 from learner.batch import MicroBatch, Sequence, completion_staleness, group_sequences, is_masked, pack
 from learner.gspo import LossStats, gspo_loss, proximal
-
-Loss = Callable[[MicroBatch, Tensor, Tensor], Tensor]
-
-
-class UpdateResult(Protocol):
-    """What an optimizer update says of itself."""
-
-    grad_norm: float
-    skipped: bool
-    lr: float
-
-
-class Trainable(Protocol):
-    """What a step needs of a policy: `learner.megatron.policy.Policy`, or a test's reference."""
-
-    def logprobs(self, micro: MicroBatch) -> Tensor:
-        """Logprobs of the tokens, Float[T], without gradient."""
-        ...
-
-    def update(self, micros: list[MicroBatch], loss: Loss) -> UpdateResult:
-        """One optimizer update on the sum of the losses."""
-        ...
+from learner.trainable import Trainable, UpdateResult
 
 
 def train_step(

@@ -13,7 +13,8 @@ from common.layout import read_resolved
 from common.log import logger, start_logging
 from common.membership import Activity, Membership
 from common.process import die_with_parent, run_until_stopped
-from common.transport import RunKeys, Service, ledger_client
+from common.rendezvous import RunKeys
+from common.transport import Service, ledger_client
 from verifier.sandbox import Sandbox
 from verifier.service import VerifierService, load_tokenizer
 

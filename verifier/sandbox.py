@@ -17,9 +17,9 @@ from typing import Final, Self
 
 import msgspec
 
-from common.config import VerifierConfig
 from common.errors import ConfigError, DeadlineError, SluiceError
 from common.log import logger
+from common.sections import VerifierConfig
 from common.wire import Grade, Outcome
 from verifier.tasks import HEAD_BYTES, MAX_ANSWER_BYTES, Ready, Task, frame
 

@@ -15,7 +15,8 @@ from common.errors import RunDirectoryError, exit_on_error
 from common.layout import read_resolved
 from common.log import logger, start_logging
 from common.process import die_with_parent, run_until_stopped
-from common.transport import Rendezvous, RunKeys, Service
+from common.rendezvous import Rendezvous, RunKeys
+from common.transport import Service
 from learner.ledger.audit import audit
 from learner.ledger.schema import LOCK
 from learner.ledger.service import LedgerService

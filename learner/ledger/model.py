@@ -1,17 +1,16 @@
 """What the ledger needs of a model directory: that it can be trained, and its tokenizer with the chat template."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer
 
+from common.architectures import check_architecture, read_object
 from common.errors import ModelError
 from learner.ledger.template import ChatTemplate, Messages
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 _SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -25,7 +24,7 @@ class ModelDirectory:
             ModelError: The directory is missing, broken, or of an architecture that is not supported.
         """
         self.path = path
-        _check_architecture(path)
+        check_architecture(path)
         self._tokenizer = _tokenizer(path / "tokenizer.json")
         self._template = _template(path)
 
@@ -53,31 +52,8 @@ class ModelDirectory:
         return self._template.render(messages, kwargs)
 
 
-def _check_architecture(path: Path) -> None:
-    if not path.is_dir():
-        raise ModelError(f"{path}: not found, expected the directory of a Hugging Face checkpoint")
-    config = _read_json(path / "config.json", "the model's configuration")
-    found = config.get("architectures") or [None]
-    if found[0] not in ARCHITECTURES:
-        raise ModelError(
-            f"{path / 'config.json'}: found architecture {found[0]}, expected one of {', '.join(ARCHITECTURES)}"
-        )
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path}: not found, expected {what}") from None
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: found {type(value).__name__}, expected an object")
-    return value
-
-
 def _tokenizer(path: Path) -> Tokenizer:
-    _read_json(path, "the model's fast tokenizer")
+    read_object(path, "the model's fast tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -89,9 +65,9 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 def _template(path: Path) -> ChatTemplate | None:
     """The template in chat_template.jinja, or else in tokenizer_config.json; None where there is neither."""
-    config = _read_json(path / "tokenizer_config.json", "") if (path / "tokenizer_config.json").exists() else {}
+    config = read_object(path / "tokenizer_config.json", "") if (path / "tokenizer_config.json").exists() else {}
     legacy = path / "special_tokens_map.json"
-    special = {**(_read_json(legacy, "") if legacy.exists() else {}), **config}
+    special = {**(read_object(legacy, "") if legacy.exists() else {}), **config}
     text = _read_text(path / "chat_template.jinja") or config.get("chat_template")
     if isinstance(text, list):
         text = next((entry["template"] for entry in text if entry.get("name") == "default"), None)

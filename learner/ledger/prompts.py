@@ -11,9 +11,10 @@ import jinja2
 import msgspec
 
 from common import wire
-from common.config import Config, DataConfig, DataFile
+from common.config import Config
 from common.errors import DataError
 from common.rewards import REWARDS
+from common.sections import DataConfig, DataFile
 from learner.ledger.datasets import Row, content_hash, read_rows
 from learner.ledger.model import ModelDirectory
 from learner.ledger.store import Store, put_meta

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from common.config import LeaseConfig
+from common.sections import LeaseConfig
 from common.versions import Version
 from common.wire import LeaseKey, VisitState
 

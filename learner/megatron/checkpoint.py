@@ -18,8 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint import save as save_sharded
+from torch.distributed.checkpoint import FileSystemWriter, save as save_sharded
 from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import RunDirectoryError

@@ -1,7 +1,6 @@
 """The policy: a Megatron model that gives logprobs, learns, and hands out its weights."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,23 +22,7 @@ from learner.megatron.optimizer import Optimizer, wrap_model
 from learner.megatron.shape import read_shape
 from learner.megatron.substitutes import substitute_transformer_engine
 from learner.megatron.weights import WeightFiles
-
-Loss = Callable[[MicroBatch, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """What an update was.
-
-    Attributes:
-        grad_norm: Before clipping.
-        skipped: Whether the norm was no finite number, so that nothing changed.
-        lr: Learning rate.
-    """
-
-    grad_norm: float
-    skipped: bool
-    lr: float
+from learner.trainable import Loss, UpdateResult
 
 
 class Policy:

@@ -144,7 +144,8 @@ def test_a_group_of_one_and_a_batch_of_masked_completions_have_finite_loss() -> 
     loss, stats = gspo_loss(micro, learner, at_start, 1, LossConfig())
     loss.backward()
     assert float(loss) == 0.0
-    assert learner.grad is not None and not learner.grad.any()
+    assert learner.grad is not None
+    assert not learner.grad.any()
     assert not (stats.clipped_low | stats.clipped_high | stats.staleness_clipped).any()
 
 
@@ -220,7 +221,8 @@ def test_the_first_update_of_a_step_has_ratio_one_and_a_gradient() -> None:
     loss, stats = gspo_loss(micro, learner, proximal(micro, learner, None, LossConfig()), 8, LossConfig())
     loss.backward()
     assert (stats.log_ratio == 0).all()
-    assert learner.grad is not None and learner.grad.any()
+    assert learner.grad is not None
+    assert learner.grad.any()
 
 
 def test_micro_batches_of_an_update_add_up_to_the_whole() -> None:

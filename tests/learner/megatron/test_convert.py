@@ -65,9 +65,9 @@ def test_a_rotary_base_beside_the_other_keys_is_read_too(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "found LlamaForCausalLM, expected one of Qwen2ForCausalLM, Qwen3For"),
-        ({"architectures": []}, "found none, expected one of Qwen2ForCausalLM"),
-        ({"architectures": None}, "architectures"),
+        ({"architectures": ["LlamaForCausalLM"]}, "found architecture LlamaForCausalLM, expected one of Qwen2"),
+        ({"architectures": []}, "found architecture none, expected one of Qwen2ForCausalLM"),
+        ({"architectures": None}, "found architecture none"),
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_hidden_layers": 0}, "expected all of them positive"),
@@ -90,17 +90,19 @@ def test_a_config_that_is_not_supported_is_one_line(change: dict[str, object], m
 
 
 def test_a_missing_directory_is_one_line(tmp_path: Path) -> None:
-    assert f"{tmp_path / 'none'}: found no such directory" in _error(tiny.config(tmp_path / "none"))
+    assert f"{tmp_path / 'none'}: not found, expected" in _error(tiny.config(tmp_path / "none"))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
-def test_a_broken_config_is_one_line(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot be read"), ("[]", "found list, expected an object"), ("\xff", "cannot be read")]
+)
+def test_a_broken_config_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    assert f"{tmp_path / 'config.json'}: found no valid config" in _error(tiny.config(tmp_path))
+    assert f"{tmp_path / 'config.json'}: {message}" in _error(tiny.config(tmp_path))
 
 
 def test_a_directory_without_config_or_weights_is_one_line(tmp_path: Path) -> None:
-    assert "config.json: found no readable file" in _error(tiny.config(tmp_path))
+    assert "config.json: not found, expected the model's configuration" in _error(tiny.config(tmp_path))
     tiny.build(tmp_path, "qwen2")
     (tmp_path / "model.safetensors").unlink()
     assert "found no weights, expected model.safetensors or" in _error(tiny.config(tmp_path))

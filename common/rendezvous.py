@@ -1,0 +1,57 @@
+"""How the processes of a run find and trust each other: two small files in the run directory."""
+
+from pathlib import Path
+from typing import Self
+
+import msgspec
+import zmq
+
+from common.files import read_private, write_atomically
+
+RENDEZVOUS = "rendezvous.json"
+_KEYS = "keys.json"
+
+
+class RunKeys(msgspec.Struct, frozen=True):
+    """The run's CURVE key pair (Z85). Who can read it belongs to the run: it is server key and client key at once."""
+
+    public: str
+    secret: str
+
+    @classmethod
+    def create(cls, run_dir: Path) -> Self:
+        """New keys, written to the run directory with mode 0600."""
+        public, secret = zmq.curve_keypair()
+        keys = cls(public.decode(), secret.decode())
+        write_atomically(run_dir / _KEYS, msgspec.json.encode(keys), mode=0o600)
+        return keys
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Self:
+        """The keys of the run.
+
+        Raises:
+            RunDirectoryError: There are none, or others may read them.
+        """
+        return msgspec.json.decode(read_private(run_dir / _KEYS), type=cls)
+
+
+class Rendezvous(msgspec.Struct, frozen=True):
+    """Where the ledger listens: the only well-known address of a run."""
+
+    address: str
+    public_key: str
+    incarnation: int
+
+    def write(self, run_dir: Path) -> None:
+        """Writes the file whole or not at all."""
+        write_atomically(run_dir / RENDEZVOUS, msgspec.json.encode(self))
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Self:
+        """The rendezvous of the run.
+
+        Raises:
+            FileNotFoundError: The ledger has not started yet.
+        """
+        return msgspec.json.decode((run_dir / RENDEZVOUS).read_bytes(), type=cls)
