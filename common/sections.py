@@ -218,8 +218,8 @@ class GeneratorConfig(Section):
     max_total_tokens: Count = 65_536
     max_groups: Count = 32
     gate_max: Positive = 1e-4
-    gate_mean: Positive = 0.02
-    gate_p99: Positive = 0.2
+    gate_mean: Positive = 0.1
+    gate_p99: Positive = 0.6
 
 
 class VerifierConfig(Section):

@@ -80,7 +80,7 @@ def multinomial_with_seed(logprobs: Any, seed: Any, positions: Any) -> Any:
 
 
 def sample_filtered(
-    probs: Any, top_ks: Any, top_ps: Any, min_ps: Any, need_min_p: bool, seed: Any, positions: Any, **_: Any
+    probs: Any, top_ks: Any, top_ps: Any, _min_ps: Any, need_min_p: bool, seed: Any, positions: Any, **_: Any
 ) -> Any:
     """One sample a row after top-k and top-p, drawn in the order of token ids.
 
@@ -91,8 +91,7 @@ def sample_filtered(
         probs: Float[rows, vocabulary].
         top_ks: Int[rows].
         top_ps: Float[rows].
-        min_ps: Float[rows]; not supported.
-        need_min_p: Whether a row has a min-p.
+        need_min_p: Whether a row has a min-p, which is not supported.
         seed: Int64[rows].
         positions: Int64[rows].
 

@@ -1,5 +1,6 @@
 """Where the learner publishes weights, on memory-backed storage: there as long as its launcher is, and no longer."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -31,7 +32,7 @@ class PublishedWeights:
         try:
             unnamed = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
             lock = (unnamed / LOCK).open("w")
-            assert try_lock(lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
             unnamed.rename(path)
         except OSError as error:
             raise RunDirectoryError(f"weights.dir: {path}: cannot be written: {error.strerror}") from error
@@ -44,12 +45,17 @@ class PublishedWeights:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Removes the directories of this user's runs whose launchers were killed: their locks are free."""
+    """Removes the directories of this user's runs whose launchers were killed: their locks are free.
+
+    What this does not do: a directory without a lock stays, for it may be that of a learner without a launcher.
+    """
     for path in parent.glob(f"{PUBLISHED}*"):
-        with suppress(
-            OSError
-        ):  # another launcher removes it, too; or it has no lock, being a learner's without launcher
-            if path.lstat().st_uid == os.getuid() and not path.is_symlink():
-                with (path / LOCK).open("r+") as lock:
-                    if try_lock(lock):
-                        shutil.rmtree(path)
+        with suppress(OSError):  # another launcher removes it at this moment
+            if not path.is_symlink() and path.stat().st_uid == os.getuid():
+                _remove_if_free(path)
+
+
+def _remove_if_free(path: Path) -> None:
+    with (path / LOCK).open("r+") as lock:
+        if try_lock(lock):
+            shutil.rmtree(path)

@@ -41,8 +41,7 @@ def run(config: Config) -> int:
         config = with_tiny_task(config, tiny)
         check_inputs(config)
     directory = RunDirectory.claim(path)
-    keys = _prepare(config, directory, display)
-    weights = PublishedWeights.claim(config.weights.of_run(keys.public))
+    weights = _prepare(config, directory, display)
     try:
         plans = plan_processes(config, directory.path)
         return asyncio.run(supervise(plans, config, directory.path, display))
@@ -53,8 +52,8 @@ def run(config: Config) -> int:
         directory.release()
 
 
-def _prepare(config: Config, directory: RunDirectory, display: Display) -> RunKeys:
-    """Fills the run directory, or leaves nothing of it; returns the run's keys.
+def _prepare(config: Config, directory: RunDirectory, display: Display) -> PublishedWeights:
+    """Fills the run directory, or leaves nothing of it; returns the place for the weights.
 
     Raises:
         ProcessError: A prompt, or what belongs to it, is wrong.
@@ -64,10 +63,10 @@ def _prepare(config: Config, directory: RunDirectory, display: Display) -> RunKe
         keys = RunKeys.create(directory.path)
         display.notice(f"run directory: {directory.path}")
         display.notice(run_foreground(prepare_command(directory.path)))
+        return PublishedWeights.claim(config.weights.of_run(keys.public))
     except BaseException:
         directory.discard()
         raise
-    return keys
 
 
 async def supervise(plans: list[ProcessPlan], config: Config, run_dir: Path, display: Display) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from common.errors import ModelError, exit_on_error
+from common.vision import declare_vision_operators
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
@@ -138,8 +139,7 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def _new_model() -> "Qwen3ForCausalLM":
-    if torch.version.cuda is None:
-        _declare_vision_operators()
+    declare_vision_operators()
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -162,14 +162,6 @@ def _new_model() -> "Qwen3ForCausalLM":
         dtype="float32",
     )
     return Qwen3ForCausalLM(config)
-
-
-def _declare_vision_operators() -> None:
-    """PyPI's torchvision is built for CUDA: beside a CPU torch it imports only if its operators are declared."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declare_vision_operators.keep = library  # type: ignore[attr-defined]
 
 
 def _warm_up(model: "Qwen3ForCausalLM", split: Split, rng: random.Random) -> int:

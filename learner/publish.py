@@ -15,6 +15,11 @@ from learner.export import write_hugging_face
 PROBE_TOKENS = 64
 
 
+def weights_dir(config: Config, run_dir: Path) -> Path:
+    """Where the run's versions are published."""
+    return config.weights.of_run(RunKeys.load(run_dir).public)
+
+
 class Publisher:
     """Writes versions and keeps the newest few.
 
@@ -23,7 +28,7 @@ class Publisher:
     """
 
     def __init__(self, config: Config, run_dir: Path, vocab_size: int) -> None:
-        self._directory = config.weights.of_run(RunKeys.load(run_dir).public)
+        self._directory = weights_dir(config, run_dir)
         self._keep = config.weights.keep
         self._model_dir = Path(config.model)
         generator = torch.Generator().manual_seed(config.seed)

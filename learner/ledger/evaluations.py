@@ -144,14 +144,8 @@ class Evaluations:
 
     def beat(self, name: str, holds: tuple[wire.LeaseKey, ...], now: float) -> tuple[wire.LeaseKey, ...]:
         """Renews the leases that a generator holds, and returns those that are no longer wanted."""
-        cancelled: list[wire.LeaseKey] = []
-        for key in holds:
-            visit = self._visits.get(key.visit)
-            if visit is not None and visit.key == key and visit.holder == name:
-                visit.heard_at = now
-            else:
-                cancelled.append(key)
-        return tuple(cancelled)
+        visits = ((key, self._visits.get(key.visit)) for key in holds)
+        return tuple(key for key, visit in visits if visit is None or not visit.renew(key, name, now))
 
     def free(self, name: str) -> int:
         """Ends the leases of a process that was replaced; returns how many there were."""

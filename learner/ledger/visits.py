@@ -43,6 +43,13 @@ class Leasable:
         self.attempt += 1
         self.holder, self.granted, self.granted_at, self.heard_at = holder, version, now, now
 
+    def renew(self, key: LeaseKey, holder: str, now: float) -> bool:
+        """Hears of a lease; returns whether it is the holder's newest here."""
+        is_held = self.key == key and self.holder == holder
+        if is_held:
+            self.heard_at = now
+        return is_held
+
     def lapse_reason(self, limits: LeaseConfig, now: float) -> str:
         """Why the lease is over; empty while it is not. Its heartbeat and its completion have clocks of their own."""
         if now - self.heard_at > limits.heartbeat_timeout_s:

@@ -16,8 +16,6 @@ and a few modules are mended after they ran (`_MENDS`). Loaded only where there 
 
 import ast
 import contextlib
-import importlib.metadata
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable
@@ -27,6 +25,8 @@ from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+
+from common.vision import declare_vision_operators
 
 _PACKAGE = "megatron.core"
 _NAMESPACE = "__compute_device__"
@@ -38,22 +38,7 @@ def install() -> None:
         return
     assert _PACKAGE not in sys.modules, f"{_PACKAGE} was imported before the hook that rewrites it"
     sys.meta_path.insert(0, _Finder())
-    _declare_torchvision_operators()
-
-
-def _declare_torchvision_operators() -> None:
-    """Lets a CUDA build of torchvision be imported beside a CPU build of torch: transformers imports it with models."""
-    if torch.version.cuda is not None or "torchvision" in sys.modules or hasattr(torch.ops.torchvision, "nms"):
-        return
-    if importlib.util.find_spec("torchvision") is None or "+cpu" in importlib.metadata.version("torchvision"):
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARIES.append(library)
-
-
-_LIBRARIES: list[torch.library.Library] = []  # a library that is collected takes its operators along
+    declare_vision_operators()
 
 
 class _Stream:

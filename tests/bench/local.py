@@ -1,4 +1,4 @@
-"""The local layout: start-up and memory of each role, steps a minute, idle shares, and asynchronous beside synchronous."""
+"""The local layout: start-up and memory of each role, steps a minute, idle shares, asynchronous beside synchronous."""
 
 import json
 import subprocess
@@ -30,7 +30,14 @@ class MeasuredRun:
             self._over = threading.Event()
             watcher = threading.Thread(target=self._watch_memory)
             watcher.start()
-            command = [sys.executable, "launch/cluster.py", "--layout", "local", f"run.dir={self.directory}", *overrides]
+            command = [
+                sys.executable,
+                "launch/cluster.py",
+                "--layout",
+                "local",
+                f"run.dir={self.directory}",
+                *overrides,
+            ]
             try:
                 subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
             finally:

@@ -27,7 +27,9 @@ def run() -> list[Figure]:
     figures = [Figure("bytes a token, logprobs included", size / (GROUP_SIZE * TOKENS), "B", PEER)]
     for curve in (False, True):
         rate = _tokens_per_s(curve)
-        figures.append(Figure(f"groups over tcp loopback, CURVE {'on' if curve else 'off'}", rate / 1e6, "M tokens/s", PEER))
+        figures.append(
+            Figure(f"groups over tcp loopback, CURVE {'on' if curve else 'off'}", rate / 1e6, "M tokens/s", PEER)
+        )
     return figures
 
 
@@ -45,7 +47,13 @@ def _group(visit: int) -> wire.Group:
     )
     key = wire.LeaseKey(visit, 1)
     return wire.Group(
-        key=key, generator="generator-0", prompt_id="train:1", answer="42", reward="math", completions=completions, seconds=1.0
+        key=key,
+        generator="generator-0",
+        prompt_id="train:1",
+        answer="42",
+        reward="math",
+        completions=completions,
+        seconds=1.0,
     )
 
 

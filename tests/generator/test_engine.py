@@ -164,7 +164,7 @@ def test_the_gate_passes_the_learners_weights_and_stops_others(running: RunningE
     assert check_gate(ours, reference_logprobs(running.model, probe.tolist()).astype(np.float32), config, "0.1") < 1e-4
     with pytest.raises(GateError, match=r"version 0\.1: found a largest difference of .*, expected at most 0\.0001"):
         check_gate(ours, reference_logprobs(other_model, probe.tolist()).astype(np.float32), config, "0.1")
-    with pytest.raises(GateError, match="found 57 finite .* and 0 in the learner, expected 57 in both"):
+    with pytest.raises(GateError, match=r"found 57 finite .* and 0 in the learner, expected 57 in both"):
         check_gate(ours, np.full(57, np.nan, np.float32), config, "0.1")
 
 
@@ -197,7 +197,7 @@ def test_an_aborted_request_ends_at_once(running: RunningEngine) -> None:
 
 
 def test_weights_that_are_not_there_are_an_error_and_the_engine_goes_on(running: RunningEngine, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="could not load version 9.9"):
+    with pytest.raises(EngineError, match=r"could not load version 9\.9"):
         running.run(running.engine.load(manifest(tmp_path / "gone", Version(9, 9))))
     completion = running.run(running.engine.generate(PROMPT, SHORT, seed=1, request_id="after"))
     assert completion.num_tokens > 0

@@ -15,7 +15,6 @@ from launch.checks import count_parameters
 from launch.cluster import LAYOUTS
 from launch.plan import REPOSITORY, tiny_command
 from launch.processes import ProcessError
-from launch.run_directory import published_weights
 from launch.tiny import EOS, PAD, Pair, save_tokenizer, slipped_sum, split_pairs
 
 
@@ -90,13 +89,6 @@ def test_the_tiny_task_fills_the_empty_keys(tmp_path: Path) -> None:
         (str(tmp_path / "train.jsonl"), "addition", "exact")
     ]
     assert config.data.test_files[0].path == str(tmp_path / "test.jsonl")
-
-
-def test_the_launcher_and_the_learner_agree_on_where_weights_are_published(tmp_path: Path) -> None:
-    from learner.publish import weights_dir
-
-    keys = RunKeys.create(tmp_path)
-    assert published_weights(Config(), keys.public) == weights_dir(Config(), tmp_path)
 
 
 @pytest.mark.full

@@ -13,12 +13,16 @@ from tests.models import write_tiny_model
 from tests.system.conftest import Run
 
 SHORT = ("steps=6", "evaluation.every=3", "learner.checkpoint_every=3")
-STEP_KEYS = """step steps lineage time seconds wait_s update_s publish_s checkpoint_s reward correct num_groups
-    num_completions num_masked num_tokens tokens_per_completion staleness_mean staleness_max loss grad_norm lr clip_fraction
-    clip_fraction_low clip_fraction_high staleness_clip_fraction ratio_mean weight_mean effective_sample_share entropy
-    logprob_difference_mean logprob_difference_p99 skipped_updates learner_tokens_per_s generator_tokens_per_s
-    verifier_completions_per_s learner_idle generator_idle verifier_idle ledger_idle overlap_share filtered waiting leased
-    scored""".split()
+STEP_KEYS = set(
+    """
+    step steps lineage time seconds wait_s update_s publish_s checkpoint_s reward correct num_groups
+    num_completions num_masked num_tokens tokens_per_completion staleness_mean staleness_max loss grad_norm lr
+    clip_fraction clip_fraction_low clip_fraction_high staleness_clip_fraction ratio_mean weight_mean
+    effective_sample_share entropy logprob_difference_mean logprob_difference_p99 skipped_updates
+    learner_tokens_per_s generator_tokens_per_s verifier_completions_per_s learner_idle generator_idle
+    verifier_idle ledger_idle overlap_share filtered waiting leased scored
+    """.split()  # noqa: SIM905
+)
 
 
 def test_a_run_ends_by_itself_and_writes_what_it_promises(start_run: Callable[..., Run]) -> None:
@@ -44,7 +48,7 @@ def _check_metrics(run: Run) -> None:
     steps = run.rows("step")
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     for row in steps:
-        assert not set(STEP_KEYS) - set(row), set(STEP_KEYS) - set(row)
+        assert not STEP_KEYS - set(row)
         assert row["skipped_updates"] == 0
         assert row["staleness_max"] <= 4
         assert row["num_completions"] == 256
@@ -123,11 +127,12 @@ def test_a_mixture_of_experts_trains_on_a_file_prepared_for_verl(start_run: Call
         for i in range(60)
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
-    (tmp_path / "held_out.jsonl").write_text('{"prompt": "z+z=", "answer": "7"}\n{"prompt": "y+y=", "answer": "8"}\n')
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "z+z=", "answer": "7"}\n{"prompt": "y+y=", "answer": "8"}\n')
     run = start_run(
         f"model={model}",
         f"data.train={tmp_path / 'train.parquet'}",
-        f"data.test=[{{path='{tmp_path / 'held_out.jsonl'}', name='a'}}, {{path='{tmp_path / 'held_out.jsonl'}', name='b'}}]",
+        f"data.test=[{{path='{held_out}', name='a'}}, {{path='{held_out}', name='b'}}]",
         "evaluation.num_samples=8",
         "evaluation.sampling.temperature=1.0",
         "evaluation.every=2",

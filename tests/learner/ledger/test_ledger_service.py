@@ -1,13 +1,7 @@
 """The ledger as a process, asked over ZeroMQ by a generator, a verifier and a learner."""
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -17,126 +11,10 @@ from common.config import Config
 from common.errors import RefusedError
 from common.rendezvous import RunKeys
 from common.sections import LeaseConfig
-from common.transport import Client, ledger_client
+from common.transport import Client
 from common.versions import Version
 from learner.ledger.audit import audit
-
-ROOT = Path(__file__).parents[3]
-MakeRun = Callable[..., tuple[Path, Config]]
-MakeGroup = Callable[..., wire.ScoredGroup]
-
-
-def _command(run_dir: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "learner.ledger", str(run_dir), *options],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-class LedgerProcess:
-    """The real ledger, which can be killed and started again."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "learner.ledger", str(self._run_dir)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-
-    def stop(self, number: int) -> int:
-        assert self._process is not None
-        self._process.send_signal(number)
-        return self._process.wait(timeout=20)
-
-
-@asynccontextmanager
-async def _serving(run_dir: Path) -> AsyncGenerator[tuple[LedgerProcess, Client]]:
-    prepared = _command(run_dir, "--prepare")
-    assert prepared.returncode == 0, prepared.stderr
-    process = LedgerProcess(run_dir)
-    process.start()
-    try:
-        async with ledger_client(run_dir) as client:
-            yield process, client
-    finally:
-        process.stop(signal.SIGKILL)
-
-
-class Fleet:
-    """A generator and its verifier, driven by hand."""
-
-    def __init__(self, run_dir: Path, client: Client, make_group: MakeGroup, name: str = "generator-0") -> None:
-        self._name = name
-        self._run, self._client, self._make = RunKeys.load(run_dir).public, client, make_group
-        self.stored: Counter[int] = Counter()
-        self.evaluated: Counter[int] = Counter()
-        self.seeds: set[int] = set()
-
-    async def join(self) -> None:
-        for role, name in ((wire.Role.GENERATOR, self._name), (wire.Role.VERIFIER, "verifier-0")):
-            endpoint = "tcp://127.0.0.1:1" if role is wire.Role.VERIFIER else ""
-            hello = wire.Hello(role=role, name=name, run=self._run, endpoint=endpoint)
-            await self._client.ask(hello, wire.Welcome, deadline_s=30)
-
-    async def work(self, version: Version, room: int) -> int:
-        """Takes what it gets for `room` groups and hands it in twice; returns how many training groups it got."""
-        request = wire.LeaseRequest(name=self._name, version=version, room=room)
-        leases = (await self._client.ask(request, wire.Leases, deadline_s=30)).leases
-        for lease in leases:
-            assert lease.num_completions == (1 if lease.key.is_evaluation else 2)
-            group = self._make(lease.key, version, (1.0, 0.0)[: lease.num_completions])
-            first = await self._client.ask(group, wire.Verdict, deadline_s=30)
-            again = await self._client.ask(group, wire.Verdict, deadline_s=30)
-            assert (first.status, again.status) == ("stored", "duplicate")
-            (self.evaluated if lease.key.is_evaluation else self.stored)[lease.key.visit] += 1
-            self.seeds.add(lease.seed)
-        return sum(not lease.key.is_evaluation for lease in leases)
-
-    async def published(self) -> Version | None:
-        directory = await self._client.ask(wire.Watch(revision=0), wire.Directory, deadline_s=30)
-        assert directory.verifiers == ("tcp://127.0.0.1:1",)
-        return directory.manifest.version if directory.manifest else None
-
-
-class Learner:
-    """A learner without weights."""
-
-    def __init__(self, client: Client, config: Config) -> None:
-        self._client, self._config = client, config
-        self.trained: list[int] = []
-        self.version = Version(0, 0)
-
-    async def begin(self, checkpoint: Version | None = None) -> None:
-        begun = await self._client.ask(wire.Begin(checkpoint=checkpoint), wire.Begun, deadline_s=30)
-        self.version = begun.version
-        await self.publish()
-
-    async def publish(self) -> None:
-        manifest = wire.Manifest(
-            version=self.version, path="/nowhere", size_bytes=1, probe_token_ids=b"", probe_logprobs=b""
-        )
-        await self._client.ask(wire.Publish(manifest=manifest), wire.Done, deadline_s=30)
-
-    async def reserve(self) -> wire.Batch:
-        request = wire.Reserve(version=self.version, num_groups=self._config.groups_per_step)
-        return await self._client.ask(request, wire.Batch, deadline_s=30)
-
-    async def commit(self, batch: wire.Batch) -> None:
-        visits = tuple(g.scored.group.key.visit for g in batch.groups)
-        for _ in range(2):
-            await self._client.ask(wire.Commit(version=self.version, visits=visits), wire.Done, deadline_s=30)
-        self.trained += visits
-        self.version = self.version.next()
-        await self.publish()
+from tests.learner.ledger.roles import Fleet, Learner, MakeGroup, MakeRun, command, serving
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
@@ -147,11 +25,11 @@ def test_a_run_over_a_killed_ledger_loses_and_doubles_nothing(
     asyncio.run(_whole_run(run_dir, config, make_group))
     found = audit(run_dir)
     assert found.wrong == []
-    assert _command(run_dir, "--audit").returncode == 0
+    assert command(run_dir, "--audit").returncode == 0
 
 
 async def _whole_run(run_dir: Path, config: Config, make_group: MakeGroup) -> None:
-    async with _serving(run_dir) as (process, client):
+    async with serving(run_dir) as (process, client):
         fleet, learner = Fleet(run_dir, client, make_group), Learner(client, config)
         await fleet.join()
         await learner.begin()
@@ -197,9 +75,9 @@ def test_a_second_ledger_on_the_same_directory_is_refused(make_run: MakeRun) -> 
     run_dir, _ = make_run()
 
     async def scenario() -> None:
-        async with _serving(run_dir) as (_, client):
+        async with serving(run_dir) as (_, client):
             await client.ask(wire.Status(), wire.StatusReport, deadline_s=30)
-            second = await asyncio.to_thread(_command, run_dir)
+            second = await asyncio.to_thread(command, run_dir)
             assert second.returncode == 2
             assert second.stderr.startswith("sluice: ")
             assert "another ledger" in second.stderr
@@ -211,7 +89,7 @@ def test_a_process_of_another_run_or_unknown_name_is_told_so(make_run: MakeRun) 
     run_dir, _ = make_run(lease=LeaseConfig(heartbeat_timeout_s=1.0))
 
     async def scenario() -> None:
-        async with _serving(run_dir) as (_, client):
+        async with serving(run_dir) as (_, client):
             stranger = wire.Hello(role=wire.Role.GENERATOR, name="generator-0", run="another")
             with pytest.raises(RefusedError, match="expected run"):
                 await client.ask(stranger, wire.Welcome, deadline_s=30)
@@ -237,7 +115,7 @@ def test_a_generator_that_waits_at_an_old_version_hears_of_a_new_one_at_once(
     run_dir, config = make_run(max_staleness=0)
 
     async def scenario() -> None:
-        async with _serving(run_dir) as (_, client):
+        async with serving(run_dir) as (_, client):
             fleet, learner = Fleet(run_dir, client, make_group), Learner(client, config)
             await fleet.join()
             await learner.begin()
@@ -259,7 +137,7 @@ def test_only_the_newest_request_of_a_generator_is_granted_leases(make_run: Make
     run_dir, config = make_run(max_staleness=0)
 
     async def scenario() -> None:
-        async with _serving(run_dir) as (_, client):
+        async with serving(run_dir) as (_, client):
             fleet, learner = Fleet(run_dir, client, make_group), Learner(client, config)
             await fleet.join()
             abandoned = asyncio.create_task(_ask_for_leases(client, learner.version, room=9))
@@ -281,7 +159,7 @@ def test_the_learner_goes_on_when_the_generator_of_a_pinned_prompt_dies(
     run_dir, config = make_run(max_staleness=1, lease=LeaseConfig(heartbeat_timeout_s=3.0))
 
     async def scenario() -> None:
-        async with _serving(run_dir) as (_, client):
+        async with serving(run_dir) as (_, client):
             dying, other = (Fleet(run_dir, client, make_group, f"generator-{i}") for i in range(2))
             learner = Learner(client, config)
             await dying.join()

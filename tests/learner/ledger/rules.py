@@ -1,0 +1,37 @@
+"""A ledger without a store, and the moves that tests of its rules make."""
+
+from collections.abc import Callable
+from typing import Any
+
+from common import wire
+from common.config import Config
+from common.versions import Version
+from learner.ledger.state import Ledger
+from learner.ledger.visits import Visit
+
+MakeGroup = Callable[..., wire.ScoredGroup]
+V = [Version(0, number) for number in range(20)]
+REJECTED = 5
+
+
+def make_ledger(**values: Any) -> Ledger:
+    defaults: dict[str, Any] = {"group_size": 2, "groups_per_step": 2, "updates_per_step": 1, "max_staleness": 1}
+    ledger = Ledger(Config(**{**defaults, **values}), lambda n: (n, "too long" if n == REJECTED else ""))
+    ledger.begin(None)
+    return ledger
+
+
+def grant(ledger: Ledger, room: int = 1, version: Version = V[0], now: float = 0.0) -> list[Visit]:
+    return ledger.grant("generator-0", version, room, now)
+
+
+def train(ledger: Ledger, make_group: MakeGroup, *versions: Version) -> list[int]:
+    """One step over groups sampled at each of the versions, or at the current one."""
+    assert ledger.track.current is not None
+    for version in versions or (ledger.track.current,) * 2:
+        for visit in grant(ledger, 1, version):
+            assert ledger.store(make_group(visit.key, version), b"").status == "stored"
+    batch = [visit.number for visit in ledger.reserve(ledger.track.current, 2)]
+    assert len(batch) == 2
+    ledger.commit(ledger.track.current, tuple(batch))
+    return batch
