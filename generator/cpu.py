@@ -16,22 +16,24 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from common.vision import declare_vision_operators
+
 _SAMPLER = "sglang.srt.layers.sampler"
 _DEFAULT_SEED = 42
 _PRIME_1, _PRIME_2, _PRIME_3 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 _MASK = 0xFFFFFFFF
-_keep: list[Any] = []
 
 
 def activate() -> None:
     """The platform plugin: makes SGLang importable, and leaves its own CPU platform in charge by returning None."""
     if _on_cpu():
         _stand_in_for_sgl_kernel()
-        define_torchvision_operators()
+        declare_vision_operators()
 
 
 def register() -> None:
     """The general plugin: hooks in SGLang's own registry."""
+    _keep_progress_bars_to_themselves()
     if not _on_cpu():
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -43,19 +45,6 @@ def register() -> None:
     HookRegistry.register(filtered, sample_filtered, HookType.REPLACE)
     pin = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
     HookRegistry.register(pin, lambda *_, **__: None, HookType.REPLACE)
-
-
-def define_torchvision_operators() -> None:
-    """Lets a torchvision that was built for CUDA be imported beside a torch that was not: two schemas are missing."""
-    import torch
-
-    if torch.version.cuda is not None or importlib.util.find_spec("torchvision") is None:
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _keep.append(library)
 
 
 def multinomial_with_seed(logprobs: Any, seed: Any, positions: Any) -> Any:
@@ -132,6 +121,15 @@ def _seed_rows(result: Any, _cls: type, batch: Any, *_: Any, **__: Any) -> Any:
         seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
         result.sampling_seed = torch.tensor([_DEFAULT_SEED if s is None else s for s in seeds], dtype=torch.int64)
     return result
+
+
+def _keep_progress_bars_to_themselves() -> None:
+    """Gives tqdm a lock of threads: its own is a named semaphore, which stays in /dev/shm when a process is killed."""
+    import threading
+
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
 
 
 def _on_cpu() -> bool:

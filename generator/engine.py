@@ -51,6 +51,7 @@ class Engine:
         except (ValueError, RuntimeError, OSError) as error:
             raise ModelError(f"{config.model}: SGLang cannot load it: {error}") from error
         self._manager = self._engine.tokenizer_manager
+        _unlink_load_snapshot(self._manager)
         with _own_signal_handlers():
             self._manager.auto_create_handle_loop()
 
@@ -148,6 +149,13 @@ class Engine:
             "skip_special_tokens": False,
         }
         return params | ({"stop": list(sampling.stop)} if sampling.stop else {})
+
+
+def _unlink_load_snapshot(manager: Any) -> None:
+    """Takes the name from the file in which SGLang's processes share their load: they have it mapped by now."""
+    reader = manager.load_snapshot_reader
+    reader.read(0)
+    Path(reader.path).unlink(missing_ok=True)
 
 
 def _completion(answer: dict[str, Any], seed: int) -> Completion:

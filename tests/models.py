@@ -12,9 +12,9 @@ def write_tiny_model(directory: Path, architecture: Architecture, *, seed: int =
     """Writes weights, config and a character tokenizer; `changes` are fields of the transformers config."""
     import torch
 
-    from generator.cpu import define_torchvision_operators
+    from common.vision import declare_vision_operators
 
-    define_torchvision_operators()
+    declare_vision_operators()
     import transformers
 
     names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}

@@ -11,8 +11,8 @@ from common import wire
 from common.config import GeneratorConfig, SamplingConfig
 from common.errors import GateError
 from common.versions import Version
+from common.vision import declare_vision_operators
 from common.wire import FinishReason
-from generator.cpu import define_torchvision_operators
 from generator.engine import EngineError
 from generator.weights import check_gate
 from tests.generator.conftest import RunningEngine, manifest
@@ -24,7 +24,7 @@ SHORT, LONG = SamplingConfig(max_tokens=24).on_wire(), SamplingConfig(max_tokens
 
 def reference_logprobs(model: Path, token_ids: list[int], temperature: float = 1.0) -> np.ndarray:
     """transformers' logprob of each token after the first."""
-    define_torchvision_operators()
+    declare_vision_operators()
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_greedy_company_does_not_change_what_a_seed_samples(running: RunningEngi
 
 
 def test_top_k_and_top_p_sample_only_from_what_they_keep(running: RunningEngine) -> None:
-    define_torchvision_operators()
+    declare_vision_operators()
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_seeded_samples_follow_the_distribution(running: RunningEngine) -> None:
         return await asyncio.gather(*many)
 
     first = np.bincount([wire.ints(c.token_ids)[0] for c in running.run(sample())], minlength=64)
-    define_torchvision_operators()
+    declare_vision_operators()
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():

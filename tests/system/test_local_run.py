@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from common.layout import read_resolved
-from generator.cpu import define_torchvision_operators
+from common.vision import declare_vision_operators
 from tests.models import write_tiny_model
 from tests.system.conftest import Run
 
@@ -79,7 +79,7 @@ def _check_files(run: Run) -> None:
 
 def _check_checkpoint(path: Path) -> None:
     """transformers loads it, and it is not the model that the run began with."""
-    define_torchvision_operators()
+    declare_vision_operators()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -152,7 +152,7 @@ def test_a_mixture_of_experts_trains_on_a_file_prepared_for_verl(start_run: Call
     assert all(row["pass_at_k"] >= row["accuracy"] for row in evaluations.values())
     texts = [json.loads(line)["text"] for line in (run.directory / "samples.jsonl").read_text().splitlines()]
     assert not any(text.startswith("3") and len(text) > 1 for text in texts), "a stop string ends a response"
-    define_torchvision_operators()
+    declare_vision_operators()
     from transformers import AutoModelForCausalLM
 
     trained = AutoModelForCausalLM.from_pretrained(run.summary()["checkpoint"], dtype=torch.float32)
