@@ -9,12 +9,14 @@ import psutil
 from tests.system.conftest import Run
 
 
-def test_a_generator_and_a_verifier_that_are_killed_are_survived(start_run: Callable[..., Run]) -> None:
+def test_a_verifier_a_generator_and_the_ledger_that_are_killed_are_survived(start_run: Callable[..., Run]) -> None:
     run = start_run("steps=14", "evaluation.every=14", "lease.heartbeat_timeout_s=5", "learner.checkpoint_every=14")
     run.wait_for_step(2)
     run.kill("verifier")
     run.wait_for_step(5)
     run.kill("generator")
+    run.wait_for_step(8)
+    run.kill("learner.ledger")
     assert run.wait() == 0, run.output()[-3000:]
     run.assert_sound()
     assert run.output().count("started again") >= 2 or "restart" in run.output()
