@@ -14,41 +14,79 @@ import msgspec
 from common.config import Config
 from common.sections import DataFile, Section
 
-HEAD = """\
-# Configuration
+HEAD = r"""# Configuration
 
-A run is configured by a layout, a TOML file in `launch/layouts/` or anywhere, and by overrides on the command line. An
-override is a line of TOML: `optimizer.lr=3e-6`, `data.train="train.jsonl"` (quotes may be left out),
-`sampling.stop=["\\\\n\\\\n"]`. `--dry-run` prints the resolved configuration as a layout, with the processes, their
-command lines and the derived numbers, and starts nothing. The resolved configuration is in the run directory, as
-`config.json`, before any process starts.
+This page is made by `python -m launch.reference`; a test compares it with the code. The keys come first, then what the
+checks refuse.
 
-An unknown key is an error that names the nearest key; so is a value of a wrong type or out of range, and so are keys
-that contradict each other or have no effect together (`common/config.py`): the message says what was found, what was
-expected and where, and the exit code is 2.
+A run is configured by a layout and by overrides:
 
-This page is made by `python -m launch.reference`; a test compares it with the code.
+    python launch/cluster.py --layout local [--dry-run] [key=value ...]
+
+**Layouts** are TOML files: `--layout NAME` is `launch/layouts/NAME.toml`, and `--layout PATH` is any file whose path has
+a `/` or ends in `.toml`. A key that a layout leaves out has the default below. There is no inheritance between layouts.
+
+**Overrides** are lines of TOML and win over the layout, the last one over those before it: `optimizer.lr=3e-6`,
+`sampling.stop=["\n\n"]`, `data.test=[{path="a.jsonl"}, {path="b.parquet", name="b"}]`. A value that is no TOML is taken
+as text, so paths need no quotes: `model=../qwen`. Relative paths are meant from where the command is typed.
+
+**`--dry-run`** makes the checks, prints the resolved configuration as a layout that comes to the same, with the
+processes, their command lines and the derived numbers as comments, and starts nothing. The resolved configuration is in
+the run directory, as `config.json`, before any process starts; every process reads it there.
 """
-_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", DataFile: "files"}
+TAIL = """## What the checks refuse
+
+Each refusal is one line, `sluice: WHERE: KEY: found X, expected Y`, with exit code 2, before any process starts. A
+layout or override is named as it was written:
+
+    sluice: override 'optimizer.lr=-1': optimizer.lr: found -1, expected float > 0.0
+    sluice: override 'optimizer.l=1': unknown key 'optimizer.l', the nearest is 'optimizer.lr'
+
+- Unknown keys, values of a wrong type or out of range (`common/layout.py`).
+- Keys that contradict each other (`common/config.py`): `groups_per_step` that `updates_per_step` does not divide; `model`
+  without `data.train`, `data.train` without `model`, `data.test` without `data.train`; warm-up longer than the run;
+  `learner.max_tokens_per_microbatch` or `generator.max_total_tokens` below
+  `data.max_prompt_tokens + sampling.max_tokens`; `sampling.temperature` 0, which makes every group uniform.
+- Keys without effect beside others (`common/config.py`): several evaluation samples at temperature 0; `loss.proximal`
+  other than `recompute` with one update a step and `max_staleness` 0; `loss.weight_cap` with `loss.proximal`
+  `generator`; `loss.narrowing_floor` without `loss.narrowing`.
+- What is missing, broken or taken (`launch/checks.py`, `launch/run_directory.py`): files of prompts; a model directory
+  without config, fast tokenizer or whole weights, or of another architecture than the supported ones; `weights.dir`
+  without room for `weights.keep` + 1 versions; `run.host` and `run.ledger_port` that cannot be bound; a run directory
+  that is not new or empty.
+- What is wrong with the prompts (docs/data.md).
+"""
 
 
 def reference() -> str:
     """The page."""
-    parts = [HEAD, *_section("Top level", Config, "")]
-    for name, hint in typing.get_type_hints(Config).items():
-        if _is_section(hint):
-            parts += _section(f"`[{name}]`", hint, f"{name}.")
-    parts += _section("A file of `data.train` or `data.test`", DataFile, "")
-    return "\n".join(parts)
+    sections = [*_sections("Top level", Config, ""), *_section("A file of `data.train` or `data.test`", DataFile, "")]
+    return "\n".join([HEAD, *sections, TAIL])
 
 
-def _section(title: str, section: type[Section], prefix: str) -> Iterator[str]:
+def _sections(title: str, section: type[Section], prefix: str) -> Iterator[str]:
+    """A section and those within it."""
+    yield from _section(title, section, prefix)
+    for field in msgspec.structs.fields(section):
+        if _is_section(field.type):
+            path = f"{prefix}{field.name}"
+            defaults = None if field.default is msgspec.NODEFAULT else field.default
+            if prefix:
+                yield from _section(f"`[{path}]`", field.type, f"{path}.", defaults)
+            else:
+                yield from _sections(f"`[{path}]`", field.type, f"{path}.")
+
+
+def _section(title: str, section: type[Section], prefix: str, defaults: Any = None) -> Iterator[str]:
+    """One table; `defaults` are the values where the section around it sets others than the section's own."""
     described = _attributes(section)
     summary = (inspect.getdoc(section) or "").splitlines()[0]
     yield f"## {title}\n\n{summary}\n\n| key | type | default | what it is |\n|---|---|---|---|"
     for field in msgspec.structs.fields(section):
         if not _is_section(field.type):
-            default = "(required)" if field.required else f"`{_default(field.default, field.default_factory)}`"
+            own = field.default_factory() if field.default is msgspec.NODEFAULT and not field.required else field.default
+            value = own if defaults is None else getattr(defaults, field.name)
+            default = "(required)" if field.required else f"`{json.dumps(msgspec.to_builtins(value))}`"
             yield f"| `{prefix}{field.name}` | {_type(field.type)} | {default} | {described[field.name]} |"
     yield ""
 
@@ -77,10 +115,6 @@ def _type(hint: Any) -> str:
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "DataFile": "files"}[
         hint.__name__
     ]
-
-
-def _default(value: Any, factory: Any) -> str:
-    return json.dumps(msgspec.to_builtins(factory() if value is msgspec.NODEFAULT else value))
 
 
 def _is_section(hint: Any) -> bool:

@@ -11,6 +11,7 @@ from common import wire
 from common.config import Config
 from common.versions import Lineages, Version
 from learner.advantage import group_advantages
+from learner.packing import pack_sequences
 
 
 @dataclass(frozen=True)
@@ -113,28 +114,16 @@ def is_masked(completion: wire.Completion, config: Config) -> bool:
 
 
 def pack(sequences: list[Sequence], max_tokens: int) -> list[MicroBatch]:
-    """Micro-batches of at most `max_tokens`, filled longest first; the same for the same sequences.
-
-    Sequences of one length stand side by side, so that attention can take them together.
+    """Micro-batches of at most `max_tokens` (`learner.packing`); the same for the same sequences.
 
     Raises:
         ValueError: A sequence is longer than `max_tokens`.
     """
-    bins: list[list[Sequence]] = []
-    room: list[int] = []
-    for sequence in sorted(sequences, key=lambda s: -s.num_tokens):
-        if sequence.num_tokens > max_tokens:
-            raise ValueError(
-                f"found a sequence of {sequence.num_tokens} tokens, expected at most "
-                f"learner.max_tokens_per_microbatch = {max_tokens}"
-            )
-        place = next((i for i, left in enumerate(room) if left >= sequence.num_tokens), len(bins))
-        if place == len(bins):
-            bins.append([])
-            room.append(max_tokens)
-        bins[place].append(sequence)
-        room[place] -= sequence.num_tokens
-    return [_micro_batch(packed) for packed in bins]
+    if not sequences:
+        return []
+    lengths = np.array([sequence.num_tokens for sequence in sequences])
+    (bins,) = pack_sequences(lengths, max_tokens)
+    return [_micro_batch([sequences[i] for i in members]) for members in bins]
 
 
 def _micro_batch(packed: list[Sequence]) -> MicroBatch:
