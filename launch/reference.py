@@ -23,8 +23,9 @@ A run is configured by a layout and by overrides:
 
     python launch/cluster.py --layout local [--dry-run] [key=value ...]
 
-**Layouts** are TOML files: `--layout NAME` is `launch/layouts/NAME.toml`, and `--layout PATH` is any file whose path has
-a `/` or ends in `.toml`. A key that a layout leaves out has the default below. There is no inheritance between layouts.
+**Layouts** are TOML files: `--layout NAME` is `launch/layouts/NAME.toml`, and `--layout PATH` is any file whose path
+has a `/` or ends in `.toml`. A key that a layout leaves out has the default below. Layouts do not inherit from each
+other. One default depends on its section: where `[evaluation.sampling]` is given without a temperature, it is 1.0.
 
 **Overrides** are lines of TOML and win over the layout, the last one over those before it: `optimizer.lr=3e-6`,
 `sampling.stop=["\n\n"]`, `data.test=[{path="a.jsonl"}, {path="b.parquet", name="b"}]`. A value that is no TOML is taken
@@ -36,15 +37,16 @@ the run directory, as `config.json`, before any process starts; every process re
 """
 TAIL = """## What the checks refuse
 
-Each refusal is one line, `sluice: WHERE: KEY: found X, expected Y`, with exit code 2, before any process starts. A
-layout or override is named as it was written:
+Each refusal is one line, `sluice: WHERE: KEY: found X, expected Y`, with exit code 2, before the run's processes
+start. A layout or override is named as it was written:
 
     sluice: override 'optimizer.lr=-1': optimizer.lr: found -1, expected float > 0.0
     sluice: override 'optimizer.l=1': unknown key 'optimizer.l', the nearest is 'optimizer.lr'
 
 - Unknown keys, values of a wrong type or out of range (`common/layout.py`).
-- Keys that contradict each other (`common/config.py`): `groups_per_step` that `updates_per_step` does not divide; `model`
-  without `data.train`, `data.train` without `model`, `data.test` without `data.train`; warm-up longer than the run;
+- Keys that contradict each other (`common/config.py`): `groups_per_step` that `updates_per_step` does not divide;
+  `model` without `data.train`, `data.train` without `model`, `data.test` without `data.train`; warm-up longer than the
+  run;
   `learner.max_tokens_per_microbatch` or `generator.max_total_tokens` below
   `data.max_prompt_tokens + sampling.max_tokens`; `sampling.temperature` 0, which makes every group uniform.
 - Keys without effect beside others (`common/config.py`): several evaluation samples at temperature 0; `loss.proximal`
@@ -64,31 +66,34 @@ def reference() -> str:
     return "\n".join([HEAD, *sections, TAIL])
 
 
-def _sections(title: str, section: type[Section], prefix: str) -> Iterator[str]:
+def _sections(title: str, section: type[Section], prefix: str, values: Section | None = None) -> Iterator[str]:
     """A section and those within it."""
-    yield from _section(title, section, prefix)
+    yield from _section(title, section, prefix, values)
     for field in msgspec.structs.fields(section):
         if _is_section(field.type):
             path = f"{prefix}{field.name}"
-            defaults = None if field.default is msgspec.NODEFAULT else field.default
-            if prefix:
-                yield from _section(f"`[{path}]`", field.type, f"{path}.", defaults)
-            else:
-                yield from _sections(f"`[{path}]`", field.type, f"{path}.")
+            yield from _sections(f"`[{path}]`", field.type, f"{path}.", field.default)
 
 
-def _section(title: str, section: type[Section], prefix: str, defaults: Any = None) -> Iterator[str]:
-    """One table; `defaults` are the values where the section around it sets others than the section's own."""
+def _section(title: str, section: type[Section], prefix: str, values: Section | None = None) -> Iterator[str]:
+    """One table; `values` are its defaults where the section around it has others than its own."""
     described = _attributes(section)
     summary = (inspect.getdoc(section) or "").splitlines()[0]
     yield f"## {title}\n\n{summary}\n\n| key | type | default | what it is |\n|---|---|---|---|"
     for field in msgspec.structs.fields(section):
         if not _is_section(field.type):
-            own = field.default_factory() if field.default is msgspec.NODEFAULT and not field.required else field.default
-            value = own if defaults is None else getattr(defaults, field.name)
-            default = "(required)" if field.required else f"`{json.dumps(msgspec.to_builtins(value))}`"
+            default = "(required)" if field.required else f"`{_default(field, values)}`"
             yield f"| `{prefix}{field.name}` | {_type(field.type)} | {default} | {described[field.name]} |"
     yield ""
+
+
+def _default(field: msgspec.structs.FieldInfo, values: Section | None) -> str:
+    value: Any = field.default
+    if values is not None:
+        value = getattr(values, field.name)
+    elif value is msgspec.NODEFAULT:
+        value = field.default_factory()
+    return json.dumps(msgspec.to_builtins(value))
 
 
 def _attributes(section: type[Section]) -> dict[str, str]:

@@ -173,6 +173,7 @@ class _Worker:
             return _failure(Outcome.ERROR)
         finally:
             reading.cancel()
+            await asyncio.wait([reading])  # nobody else may read before it has let go
 
     def kill(self) -> None:
         self._is_killed = True

@@ -36,6 +36,8 @@ def running(tiny_model: Path) -> Generator[RunningEngine]:
         await engine.load(manifest(tiny_model, Version(0, 0)))
         return engine
 
+    policy = asyncio.get_event_loop_policy()
     engine = loop.run_until_complete(start())
+    asyncio.set_event_loop_policy(policy)  # SGLang makes uvloop everyone's
     yield RunningEngine(engine, loop.run_until_complete, tiny_model)
     engine.shutdown()
