@@ -101,6 +101,15 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
             f"loss.weight_cap: found {loss.weight_cap:g} with loss.proximal = 'generator', where it has no effect",
         ),
         (
+            loss.narrowing > 0 and config.max_staleness == 0,
+            f"loss.narrowing: found {loss.narrowing:g} with max_staleness = 0, where it has no effect",
+        ),
+        (
+            config.learner.dtype == "bfloat16" and config.generator.dtype == "float32",
+            "generator.dtype: found 'float32' with learner.dtype = 'bfloat16', expected 'bfloat16': the gate compares "
+            "their logprobs",
+        ),
+        (
             loss.narrowing == 0 and loss.narrowing_floor != LossConfig().narrowing_floor,
             f"loss.narrowing_floor: found {loss.narrowing_floor:g} with loss.narrowing = 0, where it has no effect",
         ),

@@ -1,6 +1,7 @@
 """A configuration from a layout file and overrides, and the errors of people who write one."""
 
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -29,6 +30,8 @@ def load_config(layout: Path, overrides: list[str]) -> Config:
     for line in overrides:
         _override(values, line)
         _check_keys(values, Config, f"override {line!r}", "")
+    values = _merged(msgspec.to_builtins(Config()), values)
+    _check_finite(values, "")
     try:
         config = msgspec.convert(values, Config, strict=True)
     except msgspec.ValidationError as error:
@@ -67,6 +70,23 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # no TOML, or no text
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` over `defaults`: a section that gives some keys keeps its own defaults of the rest."""
+    both = {
+        key: _merged(defaults[key], value) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
+        for key, value in values.items()
+    }
+    return defaults | both
+
+
+def _check_finite(values: dict[str, Any], prefix: str) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{key}: found {value}, expected a finite number")
 
 
 def _override(values: dict[str, Any], line: str) -> None:

@@ -139,7 +139,7 @@ class LossConfig(Section):
             (`recompute`), a mixture of generator and learner (`interpolate`), or the generator (`generator`).
         clip_low: Trust-region clip below 1.
         clip_high: Trust-region clip above 1.
-        staleness_clip: delta of the one-sided staleness clip; inf switches it off.
+        staleness_clip: delta of the one-sided staleness clip; a large number such as 1e9 switches it off.
         weight_cap: c: the staleness ratio is truncated to [1/c, c].
         narrowing: k of h(d) = max(narrowing_floor, 1 / (1 + k d)), which narrows the clip of stale completions.
         narrowing_floor: Lower bound of h.

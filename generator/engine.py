@@ -65,15 +65,17 @@ class Engine:
         """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
+        assert self.version is not None
+        asked_at = self.version
         request = GenerateReqInput(
             rid=request_id,
             input_ids=token_ids.tolist(),
             sampling_params=self._sampling_params(sampling, seed),
             return_logprob=True,
             logprob_start_len=-1,
-            extra_key=str(self.version),  # the prefix cache of other weights is not ours
+            extra_key=str(asked_at),  # the prefix cache of other weights is not ours
         )
-        return _completion(await self._ask(request), seed)
+        return _completion(await self._ask(request), asked_at, seed)
 
     async def logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """The logprob of each token after the first, at temperature 1; past the prefix cache.
@@ -158,11 +160,14 @@ def _unlink_load_snapshot(manager: Any) -> None:
     Path(reader.path).unlink(missing_ok=True)
 
 
-def _completion(answer: dict[str, Any], seed: int) -> Completion:
+def _completion(answer: dict[str, Any], asked_at: Version, seed: int) -> Completion:
+    """The completion; if it waited through an update, its first token counts as old as the prefix that it may use."""
     meta = answer["meta_info"]
     token_ids = answer["output_ids"]
     logprobs = [logprob for logprob, *_ in meta["output_token_logprobs"]][: len(token_ids)]
     spans = [VersionSpan(span["end"], Version.parse(span["version"])) for span in meta["weight_versions"]]
+    if spans and spans[0].version != asked_at:
+        spans = [VersionSpan(1, asked_at), *(span for span in spans if span.end > 1)]
     return Completion(
         token_ids=wire.int_bytes(token_ids),
         logprobs=np.minimum(np.asarray(logprobs, dtype="<f4"), 0.0).tobytes(),

@@ -36,6 +36,7 @@ class Rollouts:
         self._sampling: dict[wire.LeaseKey, asyncio.Task[None]] = {}
         self._pinned: set[asyncio.Task[None]] = set()
         self._num_sampled = self._num_reported = 0
+        self._trusted = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
 
@@ -66,6 +67,7 @@ class Rollouts:
     async def work(self, weights: Weights) -> None:
         """Turns leases into groups, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
+            self._trusted = weights.ready
             while True:
                 await weights.ready.wait()
                 await self._room.wait()
@@ -104,6 +106,7 @@ class Rollouts:
             completions = await self._complete(lease)
         if completions is None:
             return
+        await self._trusted.wait()  # what an engine sampled that fails the gate goes nowhere
         self._num_sampled += sum(c.num_tokens for c in completions)
         self._activity.count(num_tokens=0, num_items=len(completions))
         group = wire.Group(

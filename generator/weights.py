@@ -70,6 +70,7 @@ class Weights:
                 continue
             if self.ready.is_set():
                 await self._before_load()
+                self.ready.clear()
             await self._load(manifest)
 
     async def _load(self, manifest: wire.Manifest) -> None:
@@ -77,7 +78,6 @@ class Weights:
         try:
             await self._engine.load(manifest)
         except EngineError:
-            self.ready.clear()
             await asyncio.sleep(RETRY_S)
             newest = self.directory.manifest
             if newest is None or newest.version == manifest.version:

@@ -25,7 +25,7 @@ A run is configured by a layout and by overrides:
 
 **Layouts** are TOML files: `--layout NAME` is `launch/layouts/NAME.toml`, and `--layout PATH` is any file whose path
 has a `/` or ends in `.toml`. A key that a layout leaves out has the default below. Layouts do not inherit from each
-other. One default depends on its section: where `[evaluation.sampling]` is given without a temperature, it is 1.0.
+other.
 
 **Overrides** are lines of TOML and win over the layout, the last one over those before it: `optimizer.lr=3e-6`,
 `sampling.stop=["\n\n"]`, `data.test=[{path="a.jsonl"}, {path="b.parquet", name="b"}]`. A value that is no TOML is taken

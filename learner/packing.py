@@ -18,8 +18,9 @@ Bins = list[list[int]]
 def pack_sequences(lengths: NDArray[np.int64], max_tokens: int, num_ranks: int = 1) -> list[Bins]:
     """For each rank its bins, each a list of sequence numbers; the same for the same lengths.
 
-    Every rank gets the same number of bins, so that ranks can step together. Sequences of one length stand side by side
-    in a bin, so that attention can take them together.
+    Every rank gets the same number of bins, so that ranks can step together; where there are too few sequences for
+    that, some bins are empty. Sequences of one length stand side by side in a bin, so that attention can take them
+    together.
 
     Args:
         lengths: Tokens of each sequence, shape [S], at least `num_ranks` of them.

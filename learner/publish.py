@@ -33,7 +33,8 @@ class Publisher:
         self._model_dir = Path(config.model)
         generator = torch.Generator().manual_seed(config.seed)
         self._probe = torch.randint(0, vocab_size, (PROBE_TOKENS,), generator=generator).int()
-        self._published: list[Path] = []
+        left = self._directory.glob("*.*") if self._directory.is_dir() else ()
+        self._published = sorted((path for path in left if path.is_dir()), key=lambda path: path.stat().st_mtime)
 
     def publish(
         self,

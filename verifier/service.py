@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from tokenizers import Tokenizer
 
 from common import wire
@@ -96,7 +97,7 @@ class VerifierService:
         with self._activity.working():
             texts = await asyncio.to_thread(self._decode, group)
             tasks = [Task(group.reward, group.answer, text) for text in texts]
-            grades = await self._sandbox.grade(tasks)
+            grades = tuple(map(_cut_is_wrong, group.completions, await self._sandbox.grade(tasks)))
             self._report(group, grades)
         scored = wire.ScoredGroup(group=group, grades=grades, verifier=self._name)
         try:
@@ -117,6 +118,13 @@ class VerifierService:
         if failed:
             counts = {f"num_{outcome}": failed.count(outcome) for outcome in set(failed)}
             logger().warning("grading_failed", visit=group.key.visit, prompt=group.prompt_id, **counts)
+
+
+def _cut_is_wrong(completion: wire.Completion, grade: wire.Grade) -> wire.Grade:
+    """The grade, though a completion that the length limit cut is never correct: it did not come to its end."""
+    if grade.outcome is wire.Outcome.CORRECT and completion.finish_reason is wire.FinishReason.LENGTH:
+        return msgspec.structs.replace(grade, outcome=wire.Outcome.WRONG, correct=0.0, reward=0.0)
+    return grade
 
 
 def load_tokenizer(model: Path) -> Tokenizer:

@@ -136,6 +136,26 @@ def test_an_update_in_flight_gives_tokens_of_both_versions(running: RunningEngin
         completion.check()
 
 
+def test_a_request_that_waits_through_an_update_counts_as_old_as_its_prefix(running: RunningEngine) -> None:
+    """More requests than the engine takes at once: the rest may still find the prefix that the old weights made."""
+    engine = running.engine
+    before = engine.version
+    assert before is not None
+
+    async def update() -> list[wire.Completion]:
+        many = [engine.generate(PROMPT, LONG, seed=i, request_id=f"queue-{i}") for i in range(400)]
+        tasks = [asyncio.create_task(one) for one in many]
+        await asyncio.sleep(0.05)
+        await engine.load(manifest(running.model, before.next()))
+        return await asyncio.gather(*tasks)
+
+    completions = running.run(update())
+    assert {completion.spans()[0].version for completion in completions} == {before}
+    assert any(completion.spans()[0].end == 1 for completion in completions)
+    for completion in completions:
+        completion.check()
+
+
 def test_the_prefix_cache_carries_no_old_weights_into_new_requests(running: RunningEngine, other_model: Path) -> None:
     """A long prompt is cached under one version, and asked for again under other weights."""
     engine = running.engine

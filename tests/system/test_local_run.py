@@ -137,6 +137,7 @@ def test_a_mixture_of_experts_trains_on_a_file_prepared_for_verl(start_run: Call
         "evaluation.sampling.temperature=1.0",
         "evaluation.every=2",
         "sampling.max_tokens=2",
+        f"sampling.stop_token_ids={list(range(2, 12))}",
         "sampling.stop=['3']",
         "steps=2",
         "groups_per_step=4",

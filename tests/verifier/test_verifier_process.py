@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -226,3 +227,19 @@ def test_failures_are_counted_and_logged_but_are_no_reward(make_run: MakeRun, ma
     (warning,) = [event for event in events if event["event"] == "grading_failed"]
     assert warning["level"] == "warning"
     assert (warning["visit"], warning["prompt"], warning["num_error"]) == (1, "train:1", 2)
+
+
+def test_an_answer_that_the_length_limit_cut_is_wrong(make_run: MakeRun, make_group: MakeGroup) -> None:
+    run_dir = make_run()
+
+    async def body() -> None:
+        async with _running(run_dir, wire.Verdict(status="stored")) as (_, ledger, client):
+            whole = make_group("42", "42")
+            cut = msgspec.structs.replace(whole.completions[1], finish_reason=wire.FinishReason.LENGTH)
+            group = msgspec.structs.replace(whole, completions=(whole.completions[0], cut))
+            await client.ask_once(group, wire.Verdict)
+            (scored,) = ledger.scored
+            assert [grade.outcome for grade in scored.grades] == ["correct", "wrong"]
+            assert [grade.reward for grade in scored.grades] == [1.0, 0.0]
+
+    _run(body)
