@@ -11,6 +11,7 @@ from common import wire
 from common.config import Config
 from common.versions import Lineages, Version
 from learner.advantage import group_advantages
+from learner.packing import plan
 
 
 @dataclass(frozen=True)
@@ -112,32 +113,31 @@ def is_masked(completion: wire.Completion, config: Config) -> bool:
     return config.loss.truncated == "mask" and completion.finish_reason is wire.FinishReason.LENGTH
 
 
-def pack(sequences: list[Sequence], max_tokens: int) -> list[MicroBatch]:
-    """Micro-batches of at most `max_tokens`, filled longest first; the same for the same sequences.
+def pack(sequences: list[Sequence], max_tokens: int, *, rank: int = 0, num_ranks: int = 1) -> list[MicroBatch]:
+    """One rank's micro-batches of at most `max_tokens`, each longest first; the same for the same sequences.
 
-    Sequences of one length stand side by side, so that attention can take them together.
+    Sequences of one length stand side by side, so that attention can take them together. Every rank is given all
+    sequences and has the same number of micro-batches (`learner.packing.plan`). One that would be empty, where there
+    are fewer sequences than ranks, holds the shortest sequence without counting it in the loss.
 
     Raises:
         ValueError: A sequence is longer than `max_tokens`.
     """
-    bins: list[list[Sequence]] = []
-    room: list[int] = []
-    for sequence in sorted(sequences, key=lambda s: -s.num_tokens):
-        if sequence.num_tokens > max_tokens:
-            raise ValueError(
-                f"found a sequence of {sequence.num_tokens} tokens, expected at most "
-                f"learner.max_tokens_per_microbatch = {max_tokens}"
-            )
-        place = next((i for i, left in enumerate(room) if left >= sequence.num_tokens), len(bins))
-        if place == len(bins):
-            bins.append([])
-            room.append(max_tokens)
-        bins[place].append(sequence)
-        room[place] -= sequence.num_tokens
-    return [_micro_batch(packed) for packed in bins]
+    lengths = np.array([s.num_tokens for s in sequences], dtype=np.int64)
+    shared = plan(lengths, max_tokens, num_ranks)[rank]
+    return [
+        _micro_batch([sequences[i] for i in members] or [sequences[lengths.argmin()]], counted=len(members) > 0)
+        for members in shared
+    ]
 
 
-def _micro_batch(packed: list[Sequence]) -> MicroBatch:
+def split_long(sequences: list[Sequence], max_tokens: int) -> tuple[list[Sequence], int]:
+    """The sequences that fit a micro-batch, and how many do not."""
+    fitting = [s for s in sequences if s.num_tokens <= max_tokens]
+    return fitting, len(sequences) - len(fitting)
+
+
+def _micro_batch(packed: list[Sequence], *, counted: bool) -> MicroBatch:
     lengths = np.array([s.num_tokens for s in packed])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(packed)), lengths)
@@ -153,5 +153,5 @@ def _micro_batch(packed: list[Sequence]) -> MicroBatch:
         generator_logprobs=torch.from_numpy(np.concatenate(logprobs)),
         advantages=torch.tensor([s.advantage for s in packed], dtype=torch.float64),
         staleness=torch.tensor([s.staleness for s in packed]),
-        loss_mask=torch.ones(len(packed), dtype=torch.bool),
+        loss_mask=torch.full((len(packed),), counted),
     )

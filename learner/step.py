@@ -8,7 +8,7 @@ from torch import Tensor
 from common import wire
 from common.config import Config
 from common.versions import Lineages, Version
-from learner.batch import MicroBatch, Sequence, completion_staleness, group_sequences, is_masked, pack
+from learner.batch import MicroBatch, Sequence, completion_staleness, group_sequences, is_masked, pack, split_long
 from learner.gspo import LossStats, gspo_loss, proximal
 from learner.trainable import Trainable, UpdateResult
 
@@ -24,9 +24,12 @@ def train_step(
     updates: list[list[Sequence]] = [
         [s for group in sequences[at : at + per_update] for s in group] for at in range(0, len(groups), per_update)
     ]
-    step = _Step(policy, config, [pack(u, config.learner.max_tokens_per_microbatch) for u in updates])
+    max_tokens = config.learner.max_tokens_per_microbatch
+    fitting = [split_long(update, max_tokens) for update in updates]
+    step = _Step(policy, config, [pack(update, max_tokens) for update, _ in fitting])
     step.run()
-    return {**batch_metrics(groups, config, version, lineages), **step.metrics()}
+    rejected = {"num_rejected": float(sum(num for _, num in fitting))}
+    return {**batch_metrics(groups, config, version, lineages), **rejected, **step.metrics()}
 
 
 class _Step:

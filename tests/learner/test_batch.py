@@ -12,7 +12,7 @@ from common.config import Config
 from common.sections import LossConfig
 from common.versions import Lineages, Version
 from learner.advantage import group_advantages
-from learner.batch import Sequence, completion_staleness, group_sequences, pack
+from learner.batch import Sequence, completion_staleness, group_sequences, pack, split_long
 
 
 def test_advantages_are_written_out_for_one_group() -> None:
@@ -72,6 +72,32 @@ def test_packing_loses_nothing_and_keeps_the_budget(lengths: list[tuple[int, int
         assert torch.isnan(micro.generator_logprobs[~micro.response_mask]).all()
         assert not torch.isnan(micro.generator_logprobs[micro.response_mask]).any()
     assert [m.token_ids.tolist() for m in pack(sequences, room)] == [m.token_ids.tolist() for m in micros]
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=60),
+    room=st.integers(60, 200),
+    num_ranks=st.sampled_from([1, 2, 3, 8]),
+)
+def test_ranks_share_the_sequences_and_have_as_many_micro_batches(
+    lengths: list[int], room: int, num_ranks: int
+) -> None:
+    sequences = [sequence(1, length - 1, tag) for tag, length in enumerate(lengths)]
+    ranks = [pack(sequences, room, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    assert len({len(micros) for micros in ranks}) == 1
+    micros = [micro for rank in ranks for micro in rank]
+    assert all(0 < micro.num_tokens <= room for micro in micros)
+    counted = [int(a) for micro in micros for a in micro.advantages[micro.loss_mask]]
+    assert sorted(counted) == list(range(len(lengths)))
+    if len(lengths) >= len(micros):
+        assert all(micro.loss_mask.all() for micro in micros)
+
+
+def test_what_does_not_fit_a_micro_batch_is_told_apart() -> None:
+    fitting, num_rejected = split_long([sequence(2, 18), sequence(2, 19), sequence(1, 1)], 20)
+    assert [s.num_tokens for s in fitting] == [20, 2]
+    assert num_rejected == 1
 
 
 def test_a_sequence_longer_than_a_micro_batch_is_refused_with_both_numbers() -> None:
