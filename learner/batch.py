@@ -10,7 +10,7 @@ from torch import Tensor
 from common import wire
 from common.config import Config
 from common.versions import Lineages, Version
-from learner.advantage import group_advantages
+from learner.advantage import group_advantages, overlong_penalty
 from learner.packing import plan
 
 
@@ -85,10 +85,11 @@ def group_sequences(
     scored = training.scored
     graded = torch.tensor([grade.outcome.graded for grade in scored.grades])
     rewards = torch.tensor([grade.reward for grade in scored.grades], dtype=torch.float64)
+    rewards -= group_penalties(scored.group, config)
     if config.loss.shuffle_rewards:
         known = graded.nonzero().flatten().numpy()
         rewards[known] = rewards[shuffled.permutation(known)]
-    advantages = group_advantages(rewards, graded)
+    advantages = group_advantages(rewards, graded, config.loss.advantage)
     prompt = wire.ints(training.prompt.token_ids)
     return [
         Sequence(
@@ -101,6 +102,14 @@ def group_sequences(
         for i, completion in enumerate(scored.group.completions)
         if graded[i] and not is_masked(completion, config)
     ]
+
+
+def group_penalties(group: wire.Group, config: Config) -> Float[Tensor, " group"]:
+    """What the rewards of a group's completions lose for their lengths. The ledger's filter does not see it."""
+    num_tokens = torch.tensor([completion.num_tokens for completion in group.completions])
+    return overlong_penalty(
+        num_tokens, config.sampling.max_tokens, config.loss.overlong_buffer, config.loss.overlong_factor
+    )
 
 
 def completion_staleness(completion: wire.Completion, current: Version, lineages: Lineages) -> int:
