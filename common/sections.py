@@ -143,6 +143,10 @@ class LossConfig(Section):
         weight_cap: c: the staleness ratio is truncated to [1/c, c].
         narrowing: k of h(d) = max(narrowing_floor, 1 / (1 + k d)), which narrows the clip of stale completions.
         narrowing_floor: Lower bound of h.
+        advantage: A reward less the mean of its group, in units of the group's standard deviation (`std`) or as it is
+            (`mean`), or less the mean of the others (`leave_one_out`).
+        overlong_buffer: Over the last so many tokens of `sampling.max_tokens` the reward falls linearly; 0 is never.
+        overlong_factor: By how much it falls in all.
         truncated: Completions cut by the length limit are graded and trained, or masked.
         filter_uniform: Whether groups whose correctness rewards are all equal are filtered out.
         shuffle_rewards: A control experiment: each group's rewards are permuted, so that nothing can be learned.
@@ -155,6 +159,9 @@ class LossConfig(Section):
     weight_cap: Annotated[float, Meta(ge=1)] = 2.0
     narrowing: NonNegative = 0.0
     narrowing_floor: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    advantage: Literal["std", "mean", "leave_one_out"] = "std"
+    overlong_buffer: Natural = 0
+    overlong_factor: Positive = 1.0
     truncated: Literal["train", "mask"] = "train"
     filter_uniform: bool = True
     shuffle_rewards: bool = False
@@ -165,21 +172,30 @@ class OptimizerConfig(Section):
 
     Attributes:
         lr: Learning rate after warm-up.
+        schedule: After warm-up: constant, or falling over the rest of the run on a line or half a cosine.
         warmup_steps: Steps of linear warm-up.
+        warmup_share: The same as a share of the run's steps, in place of `warmup_steps`.
+        final_lr_share: What share of `lr` a falling schedule ends at.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled.
         clip_norm: Largest global gradient norm.
+        max_skipped_steps: The run stops after so many steps in a row that changed nothing: no gradient was a finite
+            number, or there was no completion to train on.
     """
 
     lr: Positive = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Natural = 0
+    warmup_share: Share = 0.0
+    final_lr_share: Share = 0.0
     beta1: Share = 0.9
     beta2: Share = 0.95
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     clip_norm: Positive = 1.0
+    max_skipped_steps: Count = 5
 
 
 class LearnerConfig(Section):
@@ -187,7 +203,7 @@ class LearnerConfig(Section):
 
     Attributes:
         dtype: Of the parameters.
-        max_tokens_per_microbatch: Packed tokens of one forward pass; a longer sequence is an error.
+        max_tokens_per_microbatch: Packed tokens of one forward pass; a longer sequence is left out and counted.
         checkpoint_every: Steps between checkpoints; there is one after the last step.
         keep_checkpoints: How many of the newest are kept.
     """

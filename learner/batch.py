@@ -10,8 +10,8 @@ from torch import Tensor
 from common import wire
 from common.config import Config
 from common.versions import Lineages, Version
-from learner.advantage import group_advantages
-from learner.packing import pack_sequences
+from learner.advantage import group_advantages, overlong_penalty
+from learner.packing import plan
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,11 @@ def group_sequences(
     scored = training.scored
     graded = torch.tensor([grade.outcome.graded for grade in scored.grades])
     rewards = torch.tensor([grade.reward for grade in scored.grades], dtype=torch.float64)
+    rewards -= group_penalties(scored.group, config)
     if config.loss.shuffle_rewards:
         known = graded.nonzero().flatten().numpy()
         rewards[known] = rewards[shuffled.permutation(known)]
-    advantages = group_advantages(rewards, graded)
+    advantages = group_advantages(rewards, graded, config.loss.advantage)
     prompt = wire.ints(training.prompt.token_ids)
     return [
         Sequence(
@@ -103,6 +104,14 @@ def group_sequences(
     ]
 
 
+def group_penalties(group: wire.Group, config: Config) -> Float[Tensor, " group"]:
+    """What the rewards of a group's completions lose for their lengths. The ledger's filter does not see it."""
+    num_tokens = torch.tensor([completion.num_tokens for completion in group.completions])
+    return overlong_penalty(
+        num_tokens, config.sampling.max_tokens, config.loss.overlong_buffer, config.loss.overlong_factor
+    )
+
+
 def completion_staleness(completion: wire.Completion, current: Version, lineages: Lineages) -> int:
     """Updates between a completion's oldest token and the learner."""
     return max(lineages.staleness(span.version, current) for span in completion.spans())
@@ -113,20 +122,31 @@ def is_masked(completion: wire.Completion, config: Config) -> bool:
     return config.loss.truncated == "mask" and completion.finish_reason is wire.FinishReason.LENGTH
 
 
-def pack(sequences: list[Sequence], max_tokens: int) -> list[MicroBatch]:
-    """Micro-batches of at most `max_tokens` (`learner.packing`); the same for the same sequences.
+def pack(sequences: list[Sequence], max_tokens: int, *, rank: int = 0, num_ranks: int = 1) -> list[MicroBatch]:
+    """One rank's micro-batches of at most `max_tokens`, each longest first; the same for the same sequences.
+
+    Sequences of one length stand side by side, so that attention can take them together. Every rank is given all
+    sequences and has the same number of micro-batches (`learner.packing.plan`). One that would be empty, where there
+    are fewer sequences than ranks, holds the shortest sequence without counting it in the loss.
 
     Raises:
         ValueError: A sequence is longer than `max_tokens`.
     """
-    if not sequences:
-        return []
-    lengths = np.array([sequence.num_tokens for sequence in sequences])
-    (bins,) = pack_sequences(lengths, max_tokens)
-    return [_micro_batch([sequences[i] for i in members]) for members in bins]
+    lengths = np.array([s.num_tokens for s in sequences], dtype=np.int64)
+    shared = plan(lengths, max_tokens, num_ranks)[rank]
+    return [
+        _micro_batch([sequences[i] for i in members] or [sequences[lengths.argmin()]], counted=len(members) > 0)
+        for members in shared
+    ]
 
 
-def _micro_batch(packed: list[Sequence]) -> MicroBatch:
+def split_long(sequences: list[Sequence], max_tokens: int) -> tuple[list[Sequence], int]:
+    """The sequences that fit a micro-batch, and how many do not."""
+    fitting = [s for s in sequences if s.num_tokens <= max_tokens]
+    return fitting, len(sequences) - len(fitting)
+
+
+def _micro_batch(packed: list[Sequence], *, counted: bool) -> MicroBatch:
     lengths = np.array([s.num_tokens for s in packed])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(packed)), lengths)
@@ -142,5 +162,5 @@ def _micro_batch(packed: list[Sequence]) -> MicroBatch:
         generator_logprobs=torch.from_numpy(np.concatenate(logprobs)),
         advantages=torch.tensor([s.advantage for s in packed], dtype=torch.float64),
         staleness=torch.tensor([s.staleness for s in packed]),
-        loss_mask=torch.ones(len(packed), dtype=torch.bool),
+        loss_mask=torch.full((len(packed),), counted),
     )

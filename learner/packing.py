@@ -1,90 +1,150 @@
-"""Which sequences go together: micro-batches under a token budget, balanced over data-parallel ranks.
-
-Source: best-fit decreasing (Johnson 1974) for the bins, longest processing time first (Graham 1969) for the ranks.
-"""
+"""Which sequences share a micro-batch, and which data-parallel rank gets it: a function of their lengths alone."""
 
 from bisect import bisect_left, insort
+from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
 
-# A token costs as much in the linear layers as attention to this many earlier ones: 12 h^2 against 2 h a pair, with h
-# the hidden size, is 6 h. Only the balance over ranks depends on it.
-LINEAR_COST = 6 * 2048
-
-Bins = list[list[int]]
+ATTENTION_CROSSOVER = 16_384
+_ID_BITS = 32
 
 
-def pack_sequences(lengths: NDArray[np.int64], max_tokens: int, num_ranks: int = 1) -> list[Bins]:
-    """For each rank its bins, each a list of sequence numbers; the same for the same lengths.
+def plan(
+    lengths: NDArray[np.int64],
+    max_tokens: int,
+    num_ranks: int = 1,
+    attention_crossover: int = ATTENTION_CROSSOVER,
+) -> list[list[NDArray[np.int64]]]:
+    """The micro-batches of each rank, as indices of sequences, longest first.
 
-    Every rank gets the same number of bins, so that ranks can step together; where there are too few sequences for
-    that, some bins are empty. Sequences of one length stand side by side in a bin, so that attention can take them
-    together.
+    Every rank gets the same number of micro-batches, of at most `max_tokens` each, and its i-th costs about what the
+    other ranks' i-th do, since ranks that exchange experts wait for each other in each. The same lengths give the same
+    plan, so each rank can make it alone.
 
     Args:
-        lengths: Tokens of each sequence, shape [S], at least `num_ranks` of them.
-        max_tokens: Of one bin.
+        lengths: Tokens of each sequence, at least 1.
+        max_tokens: Of a micro-batch.
         num_ranks: Data-parallel ranks.
+        attention_crossover: Length at which attention, quadratic, costs as much as all the rest, linear.
+
+    Returns:
+        Of each rank its micro-batches. A micro-batch is empty only where there are fewer sequences than ranks.
 
     Raises:
-        ValueError: A sequence is longer than `max_tokens`, or there are fewer sequences than ranks.
+        ValueError: A sequence is longer than `max_tokens`.
     """
-    if len(lengths) < num_ranks:
-        raise ValueError(f"found {len(lengths)} sequences, expected at least one for each of {num_ranks} ranks")
-    if lengths.max(initial=0) > max_tokens:
+    if not len(lengths):
+        return [[] for _ in range(num_ranks)]
+    if (longest := int(lengths.max())) > max_tokens:
         raise ValueError(
-            f"found a sequence of {lengths.max()} tokens, expected at most "
-            f"learner.max_tokens_per_microbatch = {max_tokens}"
+            f"found a sequence of {longest} tokens, expected at most learner.max_tokens_per_microbatch = {max_tokens}"
         )
-    costs = sequence_costs(lengths)
-    bins = _best_fit_decreasing(lengths, max_tokens)
-    while len(bins) % num_ranks:
-        _split_costliest(bins, costs)
-    return _spread(bins, costs, num_ranks)
+    order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order]
+    costs = sequence_costs(ordered, attention_crossover)
+    bins = _fill(ordered, costs, max_tokens, num_ranks)
+    ranks = _deal([float(costs[b].sum()) for b in bins], num_ranks)
+    return [[order[bins[i]] for i in rank] for rank in ranks]
 
 
-def sequence_costs(lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What a sequence costs to train on, in pairs of tokens: attention is quadratic, the rest linear. Shape [S]."""
-    tokens = lengths.astype(np.float64)
-    return tokens * (LINEAR_COST + tokens / 2)
+def sequence_costs(lengths: NDArray[np.int64], attention_crossover: int) -> NDArray[np.float64]:
+    """Cost of each sequence in units of one token without attention: linear and quadratic part."""
+    return lengths * (1.0 + lengths / attention_crossover)
 
 
-def _best_fit_decreasing(lengths: NDArray[np.int64], max_tokens: int) -> Bins:
-    """Longest first, each into the fullest bin that has room for it."""
-    bins: Bins = []
-    rooms: list[int] = []  # sorted: room * (number of bins that there can be) + bin
-    stride = len(lengths) + 1
-    for sequence in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[sequence])
-        place = bisect_left(rooms, length * stride)
-        if place == len(rooms):
-            room, number = max_tokens, len(bins)
-            bins.append([])
+def _fill(
+    lengths: NDArray[np.int64], costs: NDArray[np.float64], max_tokens: int, num_ranks: int
+) -> list[NDArray[np.int64]]:
+    """As few micro-batches as fit, a multiple of `num_ranks`: of even cost where there is room for that, else tight.
+
+    Args:
+        lengths: Longest first.
+        costs: Of the same sequences.
+        max_tokens: Of a micro-batch.
+        num_ranks: What the number of micro-batches is a multiple of.
+    """
+    least = _multiple(-(-int(lengths.sum()) // max_tokens), num_ranks)
+    owner = _even(lengths, costs, max_tokens, least)
+    if owner is None:
+        owner = _tight(lengths, max_tokens)
+        wanted = _multiple(max(owner) + 1, num_ranks)
+        even = _even(lengths, costs, max_tokens, wanted) if wanted > least else None
+        owner = even or _split(owner, costs, wanted)
+        least = wanted
+    owners = np.array(owner)
+    members = np.argsort(owners, kind="stable")
+    return np.split(members, np.searchsorted(owners[members], np.arange(1, least)))
+
+
+def _even(lengths: NDArray[np.int64], costs: NDArray[np.float64], max_tokens: int, num_bins: int) -> list[int] | None:
+    """The bin of each sequence: longest first, each to the cheapest bin. None where one does not fit there."""
+    cheapest: list[tuple[float, int, int]] = [(0.0, i, max_tokens) for i in range(num_bins)]
+    heapify(cheapest)
+    owner: list[int] = []
+    for length, cost in zip(lengths.tolist(), costs.tolist(), strict=True):
+        total, i, room = cheapest[0]
+        if room < length:
+            return None
+        heapreplace(cheapest, (total + cost, i, room - length))
+        owner.append(i)
+    return owner
+
+
+def _tight(lengths: NDArray[np.int64], max_tokens: int) -> list[int]:
+    """The bin of each sequence: longest first, each to the fullest bin that has room, or to a new one."""
+    shortest = int(lengths[-1])
+    rooms: list[int] = []  # ascending: room left, then the bin's number in the low bits
+    owner: list[int] = []
+    num_bins = 0
+    for length in lengths.tolist():
+        place = bisect_left(rooms, length << _ID_BITS)
+        if place < len(rooms):
+            room = rooms.pop(place)
         else:
-            room, number = divmod(rooms.pop(place), stride)
-        bins[number].append(sequence)
-        insort(rooms, (room - length) * stride + number)
-    return bins
+            room = max_tokens << _ID_BITS | num_bins
+            num_bins += 1
+        owner.append(room & ((1 << _ID_BITS) - 1))
+        room -= length << _ID_BITS
+        if room >> _ID_BITS >= shortest:
+            insort(rooms, room)
+    return owner
 
 
-def _split_costliest(bins: Bins, costs: NDArray[np.float64]) -> None:
-    """Makes two bins of the costliest one that has more than one sequence."""
-    number = max(range(len(bins)), key=lambda i: (len(bins[i]) > 1, costs[bins[i]].sum()))
-    whole = bins[number]
-    bins[number] = whole[::2]
-    bins.append(whole[1::2])
+def _split(owner: list[int], costs: NDArray[np.float64], num_bins: int) -> list[int]:
+    """Halves the most costly bins until there are `num_bins` of them, or none has two sequences."""
+    members: dict[int, list[int]] = {}
+    for sequence, i in enumerate(owner):
+        members.setdefault(i, []).append(sequence)
+    heap = [(-float(costs[m].sum()), i) for i, m in members.items() if len(m) > 1]
+    heapify(heap)
+    for new in range(len(members), num_bins):
+        if not heap:
+            break
+        _, old = heappop(heap)
+        members[old], members[new] = members[old][::2], members[old][1::2]
+        for i in (old, new):
+            if len(members[i]) > 1:
+                heappush(heap, (-float(costs[members[i]].sum()), i))
+    result = [0] * len(owner)
+    for i, sequences in members.items():
+        for sequence in sequences:
+            result[sequence] = i
+    return result
 
 
-def _spread(bins: Bins, costs: NDArray[np.float64], num_ranks: int) -> list[Bins]:
-    """Deals the bins to the ranks, costliest first, each to the rank that has least and still lacks bins."""
-    bin_costs = np.array([costs[members].sum() for members in bins])
-    ranks: list[Bins] = [[] for _ in range(num_ranks)]
-    loads = np.zeros(num_ranks)
-    for number in np.argsort(-bin_costs, kind="stable").tolist():
-        rank = int(loads.argmin())
-        ranks[rank].append(bins[number])
-        loads[rank] += bin_costs[number]
-        if len(ranks[rank]) == len(bins) // num_ranks:
-            loads[rank] = np.inf
+def _deal(costs: list[float], num_ranks: int) -> list[list[int]]:
+    """The bins of each rank: rounds of `num_ranks` bins of like cost, the costliest to the rank with least so far."""
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
+    costliest = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    for at in range(0, len(costs), num_ranks):
+        poorest = sorted(range(num_ranks), key=lambda rank: (totals[rank], rank))
+        for rank, i in zip(poorest, costliest[at : at + num_ranks], strict=True):
+            ranks[rank].append(i)
+            totals[rank] += costs[i]
     return ranks
+
+
+def _multiple(number: int, of: int) -> int:
+    return -(-number // of) * of

@@ -7,9 +7,20 @@ from torch import Tensor
 
 from common import wire
 from common.config import Config
+from common.errors import StallError
 from common.versions import Lineages, Version
-from learner.batch import MicroBatch, Sequence, completion_staleness, group_sequences, is_masked, pack
-from learner.gspo import LossStats, gspo_loss, proximal
+from learner.batch import (
+    MicroBatch,
+    Sequence,
+    completion_staleness,
+    group_penalties,
+    group_sequences,
+    is_masked,
+    pack,
+    split_long,
+)
+from learner.gspo import gspo_loss, proximal
+from learner.measures import Measures, add_up, measure, summarize
 from learner.trainable import Trainable, UpdateResult
 
 
@@ -24,9 +35,12 @@ def train_step(
     updates: list[list[Sequence]] = [
         [s for group in sequences[at : at + per_update] for s in group] for at in range(0, len(groups), per_update)
     ]
-    step = _Step(policy, config, [pack(u, config.learner.max_tokens_per_microbatch) for u in updates])
+    max_tokens = config.learner.max_tokens_per_microbatch
+    fitting = [split_long(update, max_tokens) for update in updates]
+    step = _Step(policy, config, [pack(update, max_tokens) for update, _ in fitting])
     step.run()
-    return {**batch_metrics(groups, config, version, lineages), **step.metrics()}
+    rejected = {"num_rejected": float(sum(num for _, num in fitting))}
+    return {**batch_metrics(groups, config, version, lineages), **rejected, **step.metrics()}
 
 
 class _Step:
@@ -35,10 +49,7 @@ class _Step:
     def __init__(self, policy: Trainable, config: Config, updates: list[list[MicroBatch]]) -> None:
         self._policy, self._config, self._updates = policy, config, updates
         self._results: list[UpdateResult] = []
-        self._stats: list[LossStats] = []
-        self._losses: list[float] = []
-        self._entropies: list[Tensor] = []
-        self._differences: list[Tensor] = []
+        self._measured: list[Measures] = []
         self._num_empty = 0
 
     def run(self) -> None:
@@ -59,10 +70,8 @@ class _Step:
         def loss(micro: MicroBatch, learner: Float[Tensor, " tokens"], entropy: Float[Tensor, " tokens"]) -> Tensor:
             centre = proximal(micro, learner, at_start[id(micro)], self._config.loss)
             value, stats = gspo_loss(micro, learner, centre, num_completions, self._config.loss)
-            self._losses.append(float(value.detach()) * num_completions)
-            self._stats.append(stats)
-            self._entropies.append(entropy[micro.response_mask].double())
-            self._differences.append((learner.detach() - micro.generator_logprobs)[micro.response_mask].abs())
+            total = float(value.detach()) * num_completions
+            self._measured.append(measure(micro, stats, total, learner.detach(), entropy))
             return value
 
         self._results.append(self._policy.update(micros, loss))
@@ -70,36 +79,35 @@ class _Step:
     def metrics(self) -> dict[str, float]:
         """The step's numbers, over all of its updates; NaN where nothing was trained."""
         skipped = self._num_empty + sum(result.skipped for result in self._results)
-        row = {"skipped_updates": float(skipped), "num_tokens": float(self._num_tokens())}
-        if not self._results:
-            return row | dict.fromkeys(("loss", "grad_norm", "lr"), float("nan"))
-        weight, log_ratio = self._joined("weight"), self._joined("log_ratio")
-        differences = torch.cat(self._differences).double()
-        low, high = self._mean("clipped_low"), self._mean("clipped_high")
-        return row | {
-            "loss": sum(self._losses) / len(weight),
-            "grad_norm": float(np.mean([result.grad_norm for result in self._results])),
-            "lr": self._results[-1].lr,
-            "clip_fraction": low + high,
-            "clip_fraction_low": low,
-            "clip_fraction_high": high,
-            "staleness_clip_fraction": self._mean("staleness_clipped"),
-            "ratio_mean": float(log_ratio.exp().mean()),
-            "weight_mean": float(weight.mean()),
-            "effective_sample_share": float(weight.sum() ** 2 / (len(weight) * weight.square().sum()).clamp(min=1e-12)),
-            "entropy": float(torch.cat(self._entropies).mean()),
-            "logprob_difference_mean": float(differences.mean()),
-            "logprob_difference_p99": float(differences.quantile(0.99)) if len(differences) < 1 << 24 else float("nan"),
+        norms = [result.grad_norm for result in self._results]
+        return {
+            **summarize(add_up(self._measured), self._config.sampling.max_tokens),
+            "skipped_updates": float(skipped),
+            "grad_norm": float(np.mean(norms)) if norms else float("nan"),
+            "lr": self._results[-1].lr if self._results else float("nan"),
         }
 
-    def _num_tokens(self) -> int:
-        return sum(micro.num_tokens for micros in self._updates for micro in micros)
 
-    def _joined(self, name: str) -> Tensor:
-        return torch.cat([getattr(stats, name) for stats in self._stats])
+class SkipLimit:
+    """Stops a run whose steps change nothing."""
 
-    def _mean(self, name: str) -> float:
-        return float(self._joined(name).double().mean())
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._num_in_a_row = 0
+
+    def count(self, metrics: dict[str, float]) -> None:
+        """Takes note of a step.
+
+        Raises:
+            StallError: It is the last of `optimizer.max_skipped_steps` in a row that made no update.
+        """
+        nothing = metrics["skipped_updates"] == self._config.updates_per_step
+        self._num_in_a_row = self._num_in_a_row + 1 if nothing else 0
+        if self._num_in_a_row >= (limit := self._config.optimizer.max_skipped_steps):
+            raise StallError(
+                f"found {self._num_in_a_row} steps in a row that changed nothing (gradient norm "
+                f"{metrics['grad_norm']:g}), expected fewer than optimizer.max_skipped_steps = {limit}"
+            )
 
 
 def batch_metrics(
@@ -117,6 +125,7 @@ def batch_metrics(
     return {
         "reward": float(np.mean([grade.reward for grade in graded])) if graded else float("nan"),
         "correct": float(np.mean([grade.correct for grade in graded])) if graded else float("nan"),
+        "overlong_penalty": _mean_penalty(groups, config),
         "num_groups": float(len(groups)),
         "num_completions": float(len(pairs)),
         "num_masked": float(masked),
@@ -124,3 +133,10 @@ def batch_metrics(
         "staleness_mean": float(np.mean(staleness)),
         "staleness_max": float(np.max(staleness)),
     }
+
+
+def _mean_penalty(groups: tuple[wire.TrainingGroup, ...], config: Config) -> float:
+    """Of the graded completions; `reward` is the mean before it."""
+    graded = [grade.outcome.graded for training in groups for grade in training.scored.grades]
+    penalties = torch.cat([group_penalties(training.scored.group, config) for training in groups])
+    return float(penalties[torch.tensor(graded)].mean())

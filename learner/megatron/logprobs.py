@@ -1,13 +1,20 @@
-"""Logprobs of tokens and entropies of distributions, from logits, a chunk of rows at a time."""
+"""Logprobs of tokens and entropies of distributions, a chunk of rows at a time.
 
+`token_logprobs` takes them from logits; `packed_logprobs` from hidden states and the output layer's weight, so that
+logits never exist for more than a chunk.
+"""
+
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 24
+MIN_CHUNK_ROWS = 64  # below, matrix products round differently from larger ones
 
 
 def token_logprobs(
@@ -67,3 +74,136 @@ def _chunks(logits: Tensor) -> list[tuple[slice, slice]]:
     size = max(1, CHUNK_ELEMENTS // logits.shape[1])
     last = len(logits) - 1
     return [(slice(at, min(at + size, last)), slice(at + 1, min(at + size, last) + 1)) for at in range(0, last, size)]
+
+
+def packed_logprobs(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    token_ids: Int[Tensor, " tokens"],
+    starts: Int[Tensor, " sequences"],
+    temperature: float,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """What `token_logprobs` gives for the logits `hidden @ weight.T`, without making them; same values, bit for bit.
+
+    Args:
+        hidden: Row t is the final hidden state that predicts token t + 1.
+        weight: Of the output layer. With `group`, this rank's rows: rank 0 has the first of the vocabulary.
+        token_ids: The packed tokens.
+        starts: Where the sequences begin; the first entry is 0.
+        temperature: Divides the logits.
+        group: The ranks that share the vocabulary in equal parts. See `linear_logprobs`.
+    """
+    logprobs, entropy = linear_logprobs(hidden[:-1], weight, token_ids[1:], temperature, group)
+    inside = torch.ones(len(token_ids), dtype=torch.bool, device=hidden.device)
+    inside[starts] = False
+    first = logprobs.new_zeros(1)
+    return tuple(torch.cat([first, rows]).where(inside, 0.0) for rows in (logprobs, entropy))  # type: ignore[return-value]
+
+
+def linear_logprobs(
+    hidden: Float[Tensor, "rows hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    targets: Int[Tensor, " rows"],
+    temperature: float,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Logprob of each row's target and entropy of its distribution; float32. The logprobs have a gradient.
+
+    Peak memory beside inputs and gradients is a few chunks of at least 64 rows of logits, however many rows there are.
+
+    Args:
+        hidden: Final hidden states. With `group`, the same on each of its ranks.
+        weight: Of the output layer. With `group`, this rank's rows of it, as many on each rank.
+        targets: Ids in the whole vocabulary.
+        temperature: Divides the logits.
+        group: The ranks that share the vocabulary. The results are the same on each; the gradient of `hidden` is this
+            rank's share, to be summed over the group by whatever copied `hidden` to its ranks, as behind Megatron's
+            ColumnParallelLinear.
+    """
+    return _LinearLogprobs.apply(hidden, weight, targets, temperature, group)  # type: ignore[misc]
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """The backward pass makes each chunk of logits anew; the weight's gradient is summed in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor]:
+        shard = _Shard(weight, group)
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        log_sums = torch.empty_like(logprobs)
+        for rows in even_chunks(len(targets), len(weight)):
+            logits = (hidden[rows] @ weight.t()).float() / temperature
+            logprobs[rows], entropy[rows], log_sums[rows] = shard.chunk(logits, targets[rows])
+        ctx.save_for_backward(hidden, weight, targets, log_sums)
+        ctx.temperature, ctx.shard = temperature, shard
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight, targets, log_sums = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for rows in even_chunks(len(targets), len(weight)):
+            scale = (grad[rows] / ctx.temperature)[:, None]
+            logits = (hidden[rows] @ weight.t()).float().div_(ctx.temperature)
+            grad_logits = logits.sub_(log_sums[rows, None]).exp_().mul_(-scale)
+            columns, mine = ctx.shard.columns(targets[rows])
+            grad_logits.scatter_add_(1, columns[:, None], scale * mine[:, None])
+            grad_logits = grad_logits.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden[rows]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+class _Shard:
+    """This rank's part of the vocabulary, and the sums over all parts."""
+
+    def __init__(self, weight: Tensor, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._size = len(weight)
+        self._first = 0 if group is None else dist.get_rank(group) * len(weight)
+
+    def columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Column of each target in this part, 0 where it is in another, and whether it is in this one."""
+        columns = targets - self._first
+        mine = (columns >= 0) & (columns < self._size)
+        return columns.where(mine, 0), mine
+
+    def chunk(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logprobs of the targets, entropies and log of the sum of exponentials, each Float[rows]; uses `logits` up."""
+        if self._group is None:
+            chosen = logits.gather(1, targets[:, None])[:, 0]
+            logits = torch.log_softmax(logits, dim=-1)
+            logprobs = logits.gather(1, targets[:, None])[:, 0]
+            return logprobs, torch.special.entr(logits.exp_()).sum(-1), chosen - logprobs
+        highest = self._reduced(logits.amax(-1), dist.ReduceOp.MAX)
+        logits.sub_(highest[:, None])
+        columns, mine = self.columns(targets)
+        chosen = logits.gather(1, columns[:, None])[:, 0].where(mine, 0.0)
+        exponentials = logits.exp()
+        sums = torch.stack([chosen, exponentials.sum(-1), exponentials.mul_(logits).sum(-1)])
+        chosen, total, weighted = self._reduced(sums, dist.ReduceOp.SUM)
+        log_total = total.log()
+        return chosen - log_total, log_total - weighted / total, highest + log_total
+
+    def _reduced(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        dist.all_reduce(values, operation, group=self._group)
+        return values
+
+
+def even_chunks(num_rows: int, vocab: int) -> list[slice]:
+    """Slices of rows of nearly one size: about CHUNK_ELEMENTS logits each, and at least MIN_CHUNK_ROWS rows."""
+    size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab)
+    num = max(1, num_rows // size)
+    edges = [num_rows * i // num for i in range(num + 1)]
+    return [slice(start, end) for start, end in pairwise(edges)]

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, as Megatron's distributed optimizer."""
+"""AdamW with warm-up and a schedule, as Megatron's distributed optimizer."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ class Optimizer:
 
     Attributes:
         megatron: The optimizer: float32 masters of bfloat16 parameters, two float32 moments.
-        schedule: Counts updates: warm-up is linear over those of `optimizer.warmup_steps` steps, from the first.
+        schedule: Counts updates: warm-up is linear, from the first; the rest is as `optimizer.schedule` says.
     """
 
     def __init__(self, config: Config, model: DistributedDataParallel, dtype: torch.dtype) -> None:
@@ -33,6 +33,7 @@ class Optimizer:
             OptimizerConfig(
                 optimizer="adam",
                 lr=options.lr,
+                min_lr=options.lr * options.final_lr_share,
                 weight_decay=options.weight_decay,
                 adam_beta1=options.beta1,
                 adam_beta2=options.beta2,
@@ -46,20 +47,7 @@ class Optimizer:
         )
         for part in self.megatron.chained_optimizers:  # so that there is a state to save before the first update
             part.init_state_fn(part.optimizer, part.config)
-        warmup = options.warmup_steps * config.updates_per_step
-        self.schedule = OptimizerParamScheduler(
-            self.megatron,
-            init_lr=0.0,
-            max_lr=options.lr,
-            min_lr=0.0,
-            lr_warmup_steps=warmup,
-            lr_decay_steps=warmup + 1,
-            lr_decay_style="constant",
-            start_wd=options.weight_decay,
-            end_wd=options.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
+        self.schedule = learning_rates(config, self.megatron)
 
     @property
     def lr(self) -> float:
@@ -79,3 +67,28 @@ class Optimizer:
         if finite:
             self.megatron.step()
         return grad_norm, finite
+
+
+def learning_rates(config: Config, megatron: Any) -> OptimizerParamScheduler:
+    """The learning rate of each update: the last of the warm-up has `lr`; the final share is reached after the last.
+
+    What a checkpoint says of the schedule, but for how far it is, gives way to the configuration.
+    """
+    options = config.optimizer
+    warmup = round((options.warmup_steps or options.warmup_share * config.steps) * config.updates_per_step)
+    num_updates = config.steps * config.updates_per_step
+    return OptimizerParamScheduler(
+        megatron,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.lr * options.final_lr_share,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(num_updates, warmup) + 1,
+        lr_decay_style=options.schedule,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,5 +1,6 @@
 """The policy against transformers: logprobs, gradients, updates."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,46 @@ def test_the_learning_rate_warms_up_from_the_first_update(tmp_path: Path) -> Non
     micros = tiny.micro_batches([9])
     rates = [policy.update(micros, tiny.masked_mean_loss).lr for _ in range(6)]
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        ({"schedule": "linear"}, [1 - n / 9 for n in range(1, 9)]),
+        (
+            {"schedule": "linear", "warmup_steps": 1, "final_lr_share": 0.3},
+            [0.5, 1, *(1 - n / 10 for n in range(1, 7))],
+        ),
+        (
+            {"schedule": "cosine", "warmup_share": 0.25},
+            [0.5, 1, *(0.5 + 0.5 * math.cos(math.pi * n / 7) for n in range(1, 7))],
+        ),
+        ({"warmup_share": 0.5}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_the_learning_rate_falls_as_scheduled(options: dict[str, Any], shares: list[float], tmp_path: Path) -> None:
+    tiny.build(tmp_path, "qwen3")
+    config = tiny.config(tmp_path, optimizer={"lr": 1e-3, **options}, steps=4, updates_per_step=2)
+    policy = Policy(config)
+    micros = tiny.micro_batches([9])
+    rates = [policy.update(micros, tiny.masked_mean_loss).lr for _ in range(8)]
+    assert rates == pytest.approx([1e-3 * share for share in shares])
+
+
+def test_a_longer_run_goes_on_with_its_own_schedule(tmp_path: Path) -> None:
+    tiny.build(tmp_path / "model", "qwen3")
+    micros = tiny.micro_batches([9])
+
+    def policy(steps: int) -> Policy:
+        options = {"lr": 1e-3, "schedule": "linear"}
+        return Policy(tiny.config(tmp_path / "model", optimizer=options, steps=steps, updates_per_step=1))
+
+    short = policy(2)
+    assert short.update(micros, tiny.masked_mean_loss).lr == pytest.approx(1e-3 * 2 / 3)
+    short.save(tmp_path / "checkpoint")
+    longer = policy(9)
+    longer.load(tmp_path / "checkpoint")
+    assert longer.update(micros, tiny.masked_mean_loss).lr == pytest.approx(1e-3 * 8 / 10)
 
 
 def test_an_update_is_adamw_on_the_clipped_gradient(tmp_path: Path) -> None:

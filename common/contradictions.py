@@ -1,0 +1,153 @@
+"""Combinations of keys that contradict each other, or in which one has no effect: each with its one-line message."""
+
+from typing import TYPE_CHECKING
+
+from common.sections import LossConfig, OptimizerConfig, SamplingConfig
+
+if TYPE_CHECKING:
+    from common.config import Config
+
+Contradictions = list[tuple[bool, str]]
+_LOSS = LossConfig()
+_OPTIMIZER = OptimizerConfig()
+_SAMPLING = SamplingConfig()
+
+
+def contradictions(config: "Config") -> Contradictions:
+    """Whether each combination is there, and what to say then."""
+    return [*_of_the_run(config), *_of_evaluation(config), *_of_lengths(config), *_of_clips(config), *_of_rates(config)]
+
+
+def _of_the_run(config: "Config") -> Contradictions:
+    return [
+        (
+            config.groups_per_step % config.updates_per_step != 0,
+            f"updates_per_step: found {config.updates_per_step}, expected a divisor of groups_per_step = "
+            f"{config.groups_per_step}",
+        ),
+        (
+            bool(config.model) != bool(config.data.train),
+            f"model and data.train: found {config.model!r} and {config.data.train!r}, expected both or neither",
+        ),
+        (
+            bool(config.data.test) and not config.data.train,
+            f"data.test: found {config.data.test!r} without data.train, expected both",
+        ),
+        (
+            config.learner.dtype == "bfloat16" and config.generator.dtype == "float32",
+            "generator.dtype: found 'float32' with learner.dtype = 'bfloat16', expected 'bfloat16': the gate compares "
+            "their logprobs",
+        ),
+        (
+            config.sampling.temperature == 0,
+            "sampling.temperature: found 0, expected more: a greedy group is uniform and teaches nothing",
+        ),
+    ]
+
+
+def _of_evaluation(config: "Config") -> Contradictions:
+    num_samples, sampling = config.evaluation.num_samples, config.evaluation.sampling
+    greedy = sampling.temperature == 0
+    return [
+        (
+            num_samples > 1 and greedy,
+            f"evaluation.num_samples: found {num_samples} at evaluation.sampling.temperature = 0, "
+            "expected 1: greedy samples are all the same",
+        ),
+        *(
+            (
+                greedy and getattr(sampling, key) != getattr(_SAMPLING, key),
+                f"evaluation.sampling.{key}: found {getattr(sampling, key):g} at evaluation.sampling.temperature = 0, "
+                "where it has no effect",
+            )
+            for key in ("top_p", "top_k")
+        ),
+    ]
+
+
+def _of_lengths(config: "Config") -> Contradictions:
+    loss, longest = config.loss, config.data.max_prompt_tokens + config.sampling.max_tokens
+    return [
+        (
+            longest > config.learner.max_tokens_per_microbatch,
+            f"learner.max_tokens_per_microbatch: found {config.learner.max_tokens_per_microbatch}, expected at least "
+            f"data.max_prompt_tokens + sampling.max_tokens = {longest}",
+        ),
+        (
+            longest > config.generator.max_total_tokens,
+            f"generator.max_total_tokens: found {config.generator.max_total_tokens}, expected at least "
+            f"data.max_prompt_tokens + sampling.max_tokens = {longest}",
+        ),
+        (
+            loss.overlong_buffer > config.sampling.max_tokens,
+            f"loss.overlong_buffer: found {loss.overlong_buffer}, expected at most sampling.max_tokens = "
+            f"{config.sampling.max_tokens}",
+        ),
+        (
+            loss.overlong_buffer == 0 and loss.overlong_factor != _LOSS.overlong_factor,
+            f"loss.overlong_factor: found {loss.overlong_factor:g} with loss.overlong_buffer = 0, where it has no "
+            "effect",
+        ),
+    ]
+
+
+def _of_clips(config: "Config") -> Contradictions:
+    loss, fresh = config.loss, config.max_staleness == 0
+    only_ratio = loss.proximal == "generator"
+    return [
+        (
+            loss.proximal != "recompute" and config.updates_per_step == 1 and fresh,
+            f"loss.proximal: found {loss.proximal!r} with updates_per_step = 1 and max_staleness = 0, expected "
+            "'recompute': no ratio differs from 1 there",
+        ),
+        (
+            loss.clip_low >= 1,
+            f"loss.clip_low: found {loss.clip_low:g}, expected less than 1: it would never bind",
+        ),
+        (
+            only_ratio and loss.weight_cap != _LOSS.weight_cap,
+            f"loss.weight_cap: found {loss.weight_cap:g} with loss.proximal = 'generator', where it has no effect",
+        ),
+        (
+            only_ratio and loss.staleness_clip != _LOSS.staleness_clip,
+            f"loss.staleness_clip: found {loss.staleness_clip:g} with loss.proximal = 'generator', where it has no "
+            "effect: the staleness ratio is 1",
+        ),
+        (
+            fresh and loss.staleness_clip != _LOSS.staleness_clip,
+            f"loss.staleness_clip: found {loss.staleness_clip:g} with max_staleness = 0, where it has no effect",
+        ),
+        (
+            fresh and loss.narrowing != 0,
+            f"loss.narrowing: found {loss.narrowing:g} with max_staleness = 0, where it has no effect",
+        ),
+        (
+            loss.narrowing == 0 and loss.narrowing_floor != _LOSS.narrowing_floor,
+            f"loss.narrowing_floor: found {loss.narrowing_floor:g} with loss.narrowing = 0, where it has no effect",
+        ),
+    ]
+
+
+def _of_rates(config: "Config") -> Contradictions:
+    optimizer = config.optimizer
+    constant = optimizer.schedule == "constant"
+    return [
+        (
+            optimizer.warmup_steps > config.steps,
+            f"optimizer.warmup_steps: found {optimizer.warmup_steps}, expected at most steps = {config.steps}",
+        ),
+        (
+            optimizer.warmup_steps > 0 and optimizer.warmup_share > 0,
+            f"optimizer.warmup_share: found {optimizer.warmup_share:g} with optimizer.warmup_steps = "
+            f"{optimizer.warmup_steps}, expected one of the two",
+        ),
+        (
+            not constant and (optimizer.warmup_steps == config.steps or optimizer.warmup_share == 1),
+            f"optimizer.schedule: found {optimizer.schedule!r} with warm-up all through, where it has no effect",
+        ),
+        (
+            constant and optimizer.final_lr_share != _OPTIMIZER.final_lr_share,
+            f"optimizer.final_lr_share: found {optimizer.final_lr_share:g} with optimizer.schedule = 'constant', where "
+            "it has no effect",
+        ),
+    ]

@@ -1,0 +1,66 @@
+"""Keys that contradict each other, or of which one has no effect, are refused with one line."""
+
+import re
+from typing import Any
+
+import msgspec
+import pytest
+
+from common.config import Config
+from common.errors import ConfigError
+
+FRESH = {"max_staleness": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"updates_per_step": 5}, "updates_per_step: found 5, expected a divisor of groups_per_step = 16"),
+        ({"model": "x"}, "expected both or neither"),
+        ({"data": {"test": "x.jsonl"}}, "without data.train, expected both"),
+        ({"sampling": {"temperature": 0.0}}, "sampling.temperature: found 0, expected more"),
+        ({"evaluation": {"num_samples": 2}}, "evaluation.num_samples: found 2"),
+        ({"evaluation": {"sampling": {"temperature": 0.0, "top_p": 0.5}}}, "evaluation.sampling.top_p: found 0.5"),
+        ({"evaluation": {"sampling": {"temperature": 0.0, "top_k": 5}}}, "evaluation.sampling.top_k: found 5"),
+        ({"sampling": {"max_tokens": 9000}}, "learner.max_tokens_per_microbatch: found 8192, expected at least"),
+        ({"generator": {"max_total_tokens": 9}}, "generator.max_total_tokens: found 9, expected at least"),
+        ({"loss": {"overlong_buffer": 2000}}, "loss.overlong_buffer: found 2000, expected at most sampling.max_tokens"),
+        ({"loss": {"overlong_factor": 0.5}}, "loss.overlong_factor: found 0.5 with loss.overlong_buffer = 0"),
+        ({**FRESH, "updates_per_step": 1, "loss": {"proximal": "interpolate"}}, "no ratio differs from 1 there"),
+        ({"loss": {"clip_low": 1.0}}, "loss.clip_low: found 1, expected less than 1"),
+        ({"loss": {"proximal": "generator", "weight_cap": 3.0}}, "loss.weight_cap: found 3"),
+        (
+            {"loss": {"proximal": "generator", "staleness_clip": 0.2}},
+            "loss.staleness_clip: found 0.2 with loss.proximal",
+        ),
+        ({**FRESH, "loss": {"staleness_clip": 0.2}}, "loss.staleness_clip: found 0.2 with max_staleness = 0"),
+        ({**FRESH, "loss": {"narrowing": 0.2}}, "loss.narrowing: found 0.2 with max_staleness = 0"),
+        ({"loss": {"narrowing_floor": 0.5}}, "loss.narrowing_floor: found 0.5 with loss.narrowing = 0"),
+        ({"optimizer": {"warmup_steps": 101}}, "optimizer.warmup_steps: found 101, expected at most steps = 100"),
+        (
+            {"optimizer": {"warmup_steps": 1, "warmup_share": 0.1}},
+            "optimizer.warmup_steps = 1, expected one of the two",
+        ),
+        ({"optimizer": {"schedule": "linear", "warmup_share": 1.0}}, "optimizer.schedule: found 'linear'"),
+        ({"optimizer": {"final_lr_share": 0.1}}, "optimizer.final_lr_share: found 0.1 with optimizer.schedule"),
+    ],
+)
+def test_a_contradiction_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        msgspec.convert(changes, Config).check()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        FRESH,
+        {**FRESH, "updates_per_step": 1},
+        {"loss": {"overlong_buffer": 100, "overlong_factor": 0.5, "advantage": "leave_one_out"}},
+        {"optimizer": {"schedule": "cosine", "warmup_share": 0.1, "final_lr_share": 0.1}},
+        {"loss": {"proximal": "generator"}},
+    ],
+)
+def test_what_has_an_effect_is_accepted(changes: dict[str, Any]) -> None:
+    msgspec.convert(changes, Config).check()

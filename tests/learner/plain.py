@@ -1,0 +1,45 @@
+"""A policy in plain PyTorch: `learner.trainable.Trainable` around any causal model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from learner.batch import MicroBatch
+from learner.trainable import Loss, UpdateResult
+
+
+class PlainPolicy:
+    """AdamW on a module that maps token ids Int[B, L] to logits Float[B, L, V]; temperature 1."""
+
+    def __init__(self, model: nn.Module, lr: float, clip_norm: float = 1.0) -> None:
+        self.model = model
+        self._clip_norm = clip_norm
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    @torch.no_grad()
+    def logprobs(self, micro: MicroBatch) -> Tensor:
+        return self._forward(micro)[0]
+
+    def update(self, micros: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
+        self._optimizer.zero_grad()
+        for micro in micros:
+            logprobs, entropy = self._forward(micro)
+            loss(micro, logprobs, entropy.detach()).backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+        finite = bool(norm.isfinite())
+        if finite:
+            self._optimizer.step()
+        return UpdateResult(grad_norm=float(norm), skipped=not finite, lr=self._optimizer.param_groups[0]["lr"])
+
+    def _forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies of packed tokens: the sequences side by side, padded behind."""
+        rows, columns = micro.sequence_of_token, micro.position_ids
+        padded = torch.zeros(len(micro.advantages), int(columns.max()) + 1, dtype=torch.long)
+        padded[rows, columns] = micro.token_ids
+        distributions = torch.log_softmax(self.model(padded).float()[:, :-1], -1)
+        logprobs = distributions.gather(2, padded[:, 1:, None])[..., 0]
+        entropies = -(distributions.exp() * distributions).sum(-1)
+        first = logprobs.new_zeros(len(padded), 1)
+        packed = [torch.cat([first, values], dim=1)[rows, columns] for values in (logprobs, entropies)]
+        return packed[0], packed[1]

@@ -1,0 +1,169 @@
+"""A step on a policy of pairs of tokens: what it trains, what it counts, what it reports."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import wire
+from common.config import Config
+from common.errors import StallError
+from common.sections import LearnerConfig, LossConfig, OptimizerConfig, SamplingConfig
+from common.versions import Lineages, Version
+from learner.measures import Measures, add_up, summarize
+from learner.step import SkipLimit, train_step
+from tests.learner.plain import PlainPolicy
+
+VOCAB = 12
+CONFIG = Config(
+    groups_per_step=8,
+    group_size=4,
+    updates_per_step=4,
+    sampling=SamplingConfig(max_tokens=8),
+    loss=LossConfig(clip_low=3e-3, clip_high=4e-3),
+)
+
+
+def policy(seed: int = 0) -> PlainPolicy:
+    torch.manual_seed(seed)
+    pairs = nn.Embedding(VOCAB, VOCAB)
+    return PlainPolicy(pairs, lr=0.05)
+
+
+def groups(num: int = 8, *, num_tokens: int | None = None) -> tuple[wire.TrainingGroup, ...]:
+    """Completions of 1 to 8 tokens, sampled under version 0, right where their last token is even."""
+    rng = np.random.default_rng(0)
+    return tuple(group(rng, visit, num_tokens) for visit in range(num))
+
+
+def group(rng: np.random.Generator, visit: int, num_tokens: int | None) -> wire.TrainingGroup:
+    completions, grades = [], []
+    for i in range(4):
+        tokens = rng.integers(0, VOCAB, num_tokens or rng.integers(1, 9), dtype=np.int32)
+        logprobs = np.full(len(tokens), -2.0, np.float32)
+        spans = [wire.VersionSpan(len(tokens), Version(0, visit % 3))]
+        completions.append(
+            wire.Completion(
+                token_ids=wire.int_bytes(tokens),
+                logprobs=wire.float_bytes(logprobs),
+                versions=wire.span_bytes(spans),
+                finish_reason=wire.FinishReason.STOP,
+                seed=i,
+            )
+        )
+        right = float(tokens[-1] % 2 == 0)
+        outcome = wire.Outcome.CORRECT if right else wire.Outcome.WRONG
+        grades.append(wire.Grade(outcome=outcome, correct=right, reward=right))
+    prompt = wire.Prompt(id="set:1", source="set", token_ids=wire.int_bytes([4, 5]), answer="7", reward="exact")
+    made = wire.Group(
+        key=wire.LeaseKey(visit, 1),
+        generator="generator-0",
+        prompt_id=prompt.id,
+        answer=prompt.answer,
+        reward=prompt.reward,
+        completions=tuple(completions),
+        seconds=0.1,
+    )
+    return wire.TrainingGroup(
+        prompt=prompt, scored=wire.ScoredGroup(group=made, grades=tuple(grades), verifier="verifier-0")
+    )
+
+
+def step(config: Config = CONFIG, batch: tuple[wire.TrainingGroup, ...] | None = None) -> dict[str, float]:
+    return train_step(policy(), batch or groups(), config, Version(0, 2), Lineages())
+
+
+def test_buckets_of_staleness_and_length_add_up_to_the_whole() -> None:
+    metrics = step()
+    assert metrics["staleness_max"] == 2
+    assert {name for name, value in metrics.items() if "_at_staleness_" in name and not math.isnan(value)} == {
+        f"{share}_at_staleness_{bucket}"
+        for share in ("clip_fraction", "staleness_clip_fraction")
+        for bucket in ("0", "1", "2_3")
+    }
+    assert metrics["clip_fraction"] > 0
+    assert metrics["clip_fraction"] == metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
+    sizes = {"0": 8, "1": 12, "2_3": 12}  # visit % 3 is the version, the learner's is 2
+    whole = sum(metrics[f"clip_fraction_at_staleness_{bucket}"] * size for bucket, size in sizes.items()) / 32
+    assert whole == pytest.approx(metrics["clip_fraction"])
+    lengths = [c.num_tokens for g in groups() for c in g.scored.group.completions]
+    quarters = [sum(2 * q < length <= 2 * q + 2 for length in lengths) for q in range(4)]
+    whole = sum(metrics[f"clip_fraction_at_length_q{q + 1}"] * size for q, size in enumerate(quarters)) / 32
+    assert whole == pytest.approx(metrics["clip_fraction"])
+
+
+def test_the_first_update_of_a_step_is_inside_every_clip() -> None:
+    config = Config(groups_per_step=8, group_size=4, updates_per_step=1, sampling=SamplingConfig(max_tokens=8))
+    metrics = step(config)
+    assert metrics["clip_fraction"] == 0
+    assert metrics["ratio_mean"] == 1
+
+
+def test_differences_and_weights_are_those_of_every_token() -> None:
+    config = Config(groups_per_step=8, group_size=4, updates_per_step=1, sampling=SamplingConfig(max_tokens=8))
+    metrics = step(config)
+    table = torch.log_softmax(policy().model.weight.detach(), -1)
+    differences, rhos = [], []
+    for training in groups():
+        for completion in training.scored.group.completions:
+            tokens = torch.tensor([5, *wire.ints(completion.token_ids).tolist()])
+            differences.append((table[tokens[:-1], tokens[1:]] + 2.0).double())
+            rhos.append(float(differences[-1].mean().exp()))
+    every = torch.cat(differences)
+    assert metrics["logprob_difference_mean"] == pytest.approx(float(every.abs().mean()), rel=1e-6)
+    assert metrics["logprob_difference_k3"] == pytest.approx(float((every.exp() - 1 - every).mean()), rel=1e-6)
+    expected = float(every.abs().quantile(0.99, interpolation="higher"))
+    assert metrics["logprob_difference_p99"] == pytest.approx(expected, rel=0.01)
+    assert metrics["staleness_ratio_min"] == pytest.approx(min(rhos), rel=1e-6)
+    assert metrics["staleness_ratio_max"] == pytest.approx(max(rhos), rel=1e-6)
+    assert 0.5 <= metrics["weight_min"] <= metrics["weight_max"] <= 2.0
+
+
+def test_what_is_too_long_is_left_out_and_counted() -> None:
+    lengths = [c.num_tokens for g in groups() for c in g.scored.group.completions]
+    small = LearnerConfig(max_tokens_per_microbatch=6)  # 2 of them are the prompt's
+    config = Config(groups_per_step=8, group_size=4, sampling=SamplingConfig(max_tokens=8), learner=small)
+    metrics = step(config)
+    assert metrics["num_rejected"] == sum(length > 4 for length in lengths) > 0
+    assert metrics["num_tokens"] == sum(2 + length for length in lengths if length <= 4)
+    everything = step(config, groups(num_tokens=8))
+    assert everything["num_rejected"] == 32
+    assert everything["skipped_updates"] == 4
+    assert math.isnan(everything["loss"])
+
+
+def test_penalties_for_length_are_reported_beside_the_reward() -> None:
+    loss = LossConfig(overlong_buffer=8, overlong_factor=0.8)
+    config = Config(groups_per_step=8, group_size=4, sampling=SamplingConfig(max_tokens=8), loss=loss)
+    metrics = step(config)
+    lengths = [c.num_tokens for g in groups() for c in g.scored.group.completions]
+    assert metrics["overlong_penalty"] == pytest.approx(0.1 * float(np.mean(lengths)))
+    assert metrics["reward"] == step()["reward"]
+
+
+def test_updates_that_are_no_numbers_end_the_run_after_so_many_steps() -> None:
+    config = Config(optimizer=OptimizerConfig(max_skipped_steps=2))
+    limit = SkipLimit(config)
+    broken = policy()
+    with torch.no_grad():
+        broken.model.weight[0] = float("nan")
+    bad = train_step(broken, groups(), CONFIG, Version(0, 2), Lineages())
+    assert bad["skipped_updates"] == 4
+    good = step()
+    assert good["skipped_updates"] == 0
+    for metrics in (bad, good, bad):
+        limit.count(metrics)
+    with pytest.raises(StallError, match=r"found 2 steps in a row that changed nothing .*max_skipped_steps = 2"):
+        limit.count(bad)
+
+
+def test_measures_of_parts_are_those_of_the_whole_and_nothing_is_nan() -> None:
+    nothing = summarize(add_up([]), 8)
+    assert all(math.isnan(value) for name, value in nothing.items() if name != "num_tokens")
+    some = Measures(torch.ones(2, 8, dtype=torch.float64), torch.ones(6, dtype=torch.float64), torch.arange(2048))
+    twice = summarize(some + some, 8)
+    assert {n: v for n, v in twice.items() if n != "num_tokens" and not math.isnan(v)} == {
+        n: v for n, v in summarize(some, 8).items() if n != "num_tokens" and not math.isnan(v)
+    }
