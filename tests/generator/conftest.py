@@ -26,7 +26,7 @@ def manifest(path: Path, version: Version) -> wire.Manifest:
     return wire.Manifest(version=version, path=str(path), size_bytes=1, probe_token_ids=b"", probe_logprobs=b"")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # an idle engine keeps a core busy
 def running(tiny_model: Path) -> Generator[RunningEngine]:
     """An engine that holds version 0.0 of the tiny model."""
     loop = asyncio.new_event_loop()
