@@ -13,7 +13,7 @@ from learner.link import LedgerLink
 from learner.megatron.policy import Policy
 from learner.publish import Publisher
 from learner.record import Recorder, Stopwatch
-from learner.step import train_step
+from learner.step import SkipLimit, train_step
 
 
 class Learner:
@@ -34,6 +34,7 @@ class Learner:
         self._publisher = Publisher(config, run_dir, policy.vocab_size)
         self._checkpoints = Checkpoints(config, run_dir)
         self._recorder = Recorder(config, run_dir)
+        self._skips = SkipLimit(config)
         self._lineages = Lineages()
         self.version = Version(0, 0)
 
@@ -61,6 +62,7 @@ class Learner:
                 return
             with watch("update"), self._ledger.activity.working():
                 metrics = train_step(self._policy, groups, self._config, self.version, self._lineages)
+            self._skips.count(metrics)
             self.version = self._ledger.commit(self.version, groups)
             with watch("publish"):
                 self._publish()
