@@ -15,12 +15,28 @@ from learner.megatron.attention import PackedAttention, RMSNorm
 from learner.megatron.shape import ModelShape
 
 
-def build_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> GPTModel:
+class HiddenStateModel(GPTModel):
+    """A GPTModel that ends at its last hidden states: whole logits are never made (`learner.megatron.logprobs`)."""
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """Of the output layer, Float[vocab, hidden]; the embedding's where the two are tied."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight is not None
+        return weight
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """What `forward` returns: Float[tokens, 1, hidden]."""
+        return hidden_states
+
+
+def build_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> HiddenStateModel:
     """A model whose weights are not set yet."""
     config = transformer_config(shape, dtype)
     layers = get_num_layers_to_build(config)
     block: Any = TransformerBlockSubmodules
-    model = GPTModel(
+    model = HiddenStateModel(
         config=config,
         transformer_layer_spec=block(layer_specs=[_layer_spec(shape)] * layers, layer_norm=RMSNorm),
         vocab_size=shape.vocab_size,

@@ -16,7 +16,7 @@ from learner.batch import MicroBatch
 from learner.megatron import checkpoint, parallel
 from learner.megatron.attention import packed_runs
 from learner.megatron.convert import export_weights, import_weights
-from learner.megatron.logprobs import token_logprobs
+from learner.megatron.logprobs import packed_logprobs
 from learner.megatron.model import build_model
 from learner.megatron.optimizer import Optimizer, wrap_model
 from learner.megatron.shape import read_shape
@@ -137,10 +137,11 @@ class Policy:
         """Logprobs and entropies, on the compute device."""
         token_ids = token_ids.to(self._device)
         packed = packed_runs(sequence_starts, self._device)
-        logits = self._model(
+        hidden = self._model(
             token_ids[None], position_ids.to(self._device)[None], attention_mask=None, packed_seq_params=packed
         )
-        return token_logprobs(logits[0], token_ids, packed.cu_seqlens_q[:-1].long(), temperature)
+        starts = packed.cu_seqlens_q[:-1].long()
+        return packed_logprobs(hidden[:, 0], self._module.output_weight, token_ids, starts, temperature)
 
 
 def _reduce_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
