@@ -1,32 +1,24 @@
 """One generator: `python -m generator RUN NAME`."""
 
-import argparse
 import asyncio
-import time
 from pathlib import Path
-
-import psutil
 
 from common import wire
 from common.config import Config
 from common.errors import exit_on_error
 from common.layout import read_resolved
-from common.log import logger, start_logging
+from common.log import logger
 from common.membership import Activity, Membership
-from common.process import die_with_parent, run_until_stopped
-from common.transport import RunKeys, ledger_client
+from common.process import begin_member, log_ready, run_until_stopped, stop_on_signals
+from common.rendezvous import RunKeys
+from common.transport import ledger_client
 
 
 def main() -> None:
     """Samples until it is asked to stop, or the ledger is gone."""
-    parser = argparse.ArgumentParser(prog="python -m generator", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="the run directory that the launcher made")
-    parser.add_argument("name", help="of this process, such as generator-0")
-    arguments = parser.parse_args()
-    die_with_parent()
-    start_logging("generator", arguments.run_dir, name=arguments.name)
-    config = read_resolved(arguments.run_dir)
-    run_until_stopped(lambda stop: generate(config, arguments.run_dir, arguments.name, stop))
+    run_dir, name = begin_member(wire.Role.GENERATOR, __doc__)
+    config = read_resolved(run_dir)
+    run_until_stopped(lambda stop: generate(config, run_dir, name, stop))
 
 
 async def generate(config: Config, run_dir: Path, name: str, stop: asyncio.Event) -> None:
@@ -37,7 +29,8 @@ async def generate(config: Config, run_dir: Path, name: str, stop: asyncio.Event
     from generator.weights import Weights
 
     engine = Engine(config)
-    logger().info("ready", seconds=round(time.time() - psutil.Process().create_time(), 2))
+    stop_on_signals(stop)
+    log_ready()
     keys, activity, patience_s = RunKeys.load(run_dir), Activity(), config.run.stall_timeout_s
     handover = Handover(keys, activity)
     try:

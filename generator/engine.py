@@ -1,10 +1,7 @@
 """The SGLang engine, in this process's event loop: the only module that knows sglang."""
 
-import asyncio
+import json
 import os
-import signal
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +33,26 @@ class Engine:
     def __init__(self, config: Config) -> None:
         """Starts the engine's processes and waits until they are ready; needs the running event loop's main thread.
 
+        SGLang puts a handler of its own in the place of the loop's for SIGTERM: set yours again.
+
         Raises:
             ModelError: SGLang cannot load the model.
         """
         self.version: Version | None = None
-        self._config = config
-        self._needs_text = bool(config.sampling.stop or config.evaluation.sampling.stop)
+        self._num_tokens = 0
+        needs_text = bool(config.sampling.stop or config.evaluation.sampling.stop)
         self.eos_token_ids = _eos_token_ids(Path(config.model))
         on_cpu = _prepare_environment()
         import sglang
 
         try:
-            self._engine: Any = sglang.Engine(**_server_arguments(config, on_cpu, needs_text=self._needs_text))
+            self._engine: Any = sglang.Engine(**_server_arguments(config, on_cpu, needs_text=needs_text))
         except (ValueError, RuntimeError, OSError) as error:
             raise ModelError(f"{config.model}: SGLang cannot load it: {error}") from error
         self._manager = self._engine.tokenizer_manager
         _unlink_load_snapshot(self._manager)
-        with _own_signal_handlers():
-            self._manager.auto_create_handle_loop()
+        self._manager.auto_create_handle_loop()
+        logger().info("engine_started")
 
     async def generate(
         self, token_ids: NDArray[np.int32], sampling: wire.Sampling, *, seed: int, request_id: str
@@ -75,7 +74,9 @@ class Engine:
             logprob_start_len=-1,
             extra_key=str(asked_at),  # the prefix cache of other weights is not ours
         )
-        return _completion(await self._ask(request), asked_at, seed)
+        completion = _completion(await self._ask(request), asked_at, seed)
+        self._num_tokens += completion.num_tokens
+        return completion
 
     async def logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """The logprob of each token after the first, at temperature 1; past the prefix cache.
@@ -96,9 +97,9 @@ class Engine:
         answer = await self._ask(request)
         return np.array([logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]], dtype=np.float32)
 
-    def num_tokens_under_way(self) -> int:
-        """Tokens that requests in flight have so far; SGLang tells of them every few dozen tokens."""
-        return sum(len(state.output_ids) for state in self._manager.rid_to_state.values())
+    def num_tokens(self) -> int:
+        """Tokens sampled so far, those of requests in flight too; SGLang tells of these every few dozen tokens."""
+        return self._num_tokens + sum(len(state.output_ids) for state in self._manager.rid_to_state.values())
 
     def abort(self, request_id: str) -> None:
         """Stops a request; its `generate` returns what there is, with finish reason `abort`."""
@@ -208,31 +209,16 @@ def _server_arguments(config: Config, on_cpu: bool, *, needs_text: bool) -> dict
             "sampling_backend": "pytorch",
             "mem_fraction_static": 0.3,
             "disable_overlap_schedule": True,
+            "sleep_on_idle": True,  # else an idle engine keeps a core busy
         }
     return arguments
 
 
 def _eos_token_ids(model: Path) -> tuple[int, ...]:
     """End-of-sequence tokens of generation_config.json and config.json."""
-    import json
-
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if (model / name).exists():
             value = json.loads((model / name).read_text()).get("eos_token_id")
             found += value if isinstance(value, list) else [value] if isinstance(value, int) else []
     return tuple(dict.fromkeys(found))
-
-
-@contextmanager
-def _own_signal_handlers() -> Generator[None]:
-    """Keeps this process's way to stop: SGLang's tokenizer manager would put its own SIGTERM handler in its place."""
-    loop = asyncio.get_running_loop()
-    handlers: dict[int, Any] = dict(getattr(loop, "_signal_handlers", {}))
-    try:
-        yield
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if (handle := handlers.get(number)) is not None:
-                loop.add_signal_handler(number, handle._callback, *handle._args)
-        logger().info("engine_started")

@@ -35,7 +35,6 @@ class Rollouts:
         self._activity = activity
         self._sampling: dict[wire.LeaseKey, asyncio.Task[None]] = {}
         self._pinned: set[asyncio.Task[None]] = set()
-        self._num_sampled = self._num_reported = 0
         self._trusted = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -46,11 +45,12 @@ class Rollouts:
 
     async def report(self) -> None:
         """Counts tokens as they are sampled, until cancelled, so that one long answer is not taken for a standstill."""
+        num_reported = 0
         while True:
             await asyncio.sleep(REPORT_S)
-            num_so_far = self._num_sampled + self._engine.num_tokens_under_way()
-            self._activity.count(num_tokens=max(0, num_so_far - self._num_reported), num_items=0)
-            self._num_reported = max(self._num_reported, num_so_far)
+            num_so_far = self._engine.num_tokens()  # fewer than before where requests were aborted
+            self._activity.count(num_tokens=max(0, num_so_far - num_reported), num_items=0)
+            num_reported = num_so_far
 
     def cancel(self, keys: tuple[wire.LeaseKey, ...]) -> None:
         """Stops work on leases that are no longer wanted, in the engine too."""
@@ -107,7 +107,6 @@ class Rollouts:
         if completions is None:
             return
         await self._trusted.wait()  # what an engine sampled that fails the gate goes nowhere
-        self._num_sampled += sum(c.num_tokens for c in completions)
         self._activity.count(num_tokens=0, num_items=len(completions))
         group = wire.Group(
             key=lease.key,

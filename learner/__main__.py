@@ -2,16 +2,13 @@
 
 import argparse
 import signal
-import time
 from pathlib import Path
 from threading import Event
 
-import psutil
-
 from common.errors import exit_on_error
 from common.layout import read_resolved
-from common.log import logger, start_logging
-from common.process import die_with_parent
+from common.log import start_logging
+from common.process import die_with_parent, log_ready
 
 
 def main() -> None:
@@ -32,7 +29,7 @@ def main() -> None:
 
     policy = Policy(config)
     with LedgerLink(run_dir, stall_timeout_s=config.run.stall_timeout_s, should_stop=stop.is_set) as ledger:
-        logger().info("ready", seconds=time.time() - psutil.Process().create_time())
+        log_ready()
         Learner(config, run_dir, policy, ledger, stop.is_set).train()
 
 

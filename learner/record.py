@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from common import wire
 from common.config import Config
 from common.metrics import MetricsWriter, read_metrics
+from common.tokenizer import load_tokenizer
 from common.versions import Version
 
 SAMPLES = "samples.jsonl"
@@ -53,7 +53,7 @@ class Recorder:
         self.num_evaluations = sum(row["kind"] == "evaluation" for row, _ in read_metrics(run_dir))
         self._metrics = MetricsWriter(run_dir)
         self._samples = (run_dir / SAMPLES).open("a", buffering=1)
-        self._tokenizer = Tokenizer.from_file(str(Path(config.model) / "tokenizer.json"))
+        self._tokenizer = load_tokenizer(Path(config.model) / "tokenizer.json")
 
     def step(
         self,

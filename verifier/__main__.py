@@ -1,33 +1,25 @@
 """One verifier: `python -m verifier RUN NAME`."""
 
-import argparse
 import asyncio
-import time
 from pathlib import Path
-
-import psutil
 
 from common import wire
 from common.errors import exit_on_error
 from common.layout import read_resolved
-from common.log import logger, start_logging
+from common.log import logger
 from common.membership import Activity, Membership
-from common.process import die_with_parent, run_until_stopped
+from common.process import begin_member, log_ready, run_until_stopped
 from common.rendezvous import RunKeys
+from common.tokenizer import load_tokenizer
 from common.transport import Service, ledger_client
 from verifier.sandbox import Sandbox
-from verifier.service import VerifierService, load_tokenizer
+from verifier.service import VerifierService
 
 
 def main() -> None:
     """Grades for the run until SIGTERM or SIGINT."""
-    parser = argparse.ArgumentParser(prog="python -m verifier", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="the run directory that the launcher made")
-    parser.add_argument("name", help="of this process, such as verifier-0")
-    arguments = parser.parse_args()
-    die_with_parent()
-    start_logging("verifier", arguments.run_dir, name=arguments.name)
-    run_until_stopped(lambda stop: serve(arguments.run_dir, arguments.name, stop))
+    run_dir, name = begin_member(wire.Role.VERIFIER, __doc__)
+    run_until_stopped(lambda stop: serve(run_dir, name, stop))
 
 
 async def serve(run_dir: Path, name: str, stop: asyncio.Event) -> None:
@@ -39,7 +31,7 @@ async def serve(run_dir: Path, name: str, stop: asyncio.Event) -> None:
         SluiceError: No grading process can be started.
     """
     config, keys, activity = read_resolved(run_dir), RunKeys.load(run_dir), Activity()
-    tokenizer = load_tokenizer(Path(config.model))
+    tokenizer = load_tokenizer(Path(config.model) / "tokenizer.json")
     sandbox = Sandbox(config.verifier)
     async with ledger_client(run_dir) as ledger, sandbox:
         verifier = VerifierService(name, ledger, tokenizer, sandbox, activity, config)
@@ -60,7 +52,7 @@ async def serve(run_dir: Path, name: str, stop: asyncio.Event) -> None:
 
 async def _belong(membership: Membership) -> None:
     await membership.join()
-    logger().info("ready", seconds=round(time.time() - psutil.Process().create_time(), 2))
+    log_ready()
     await membership.keep()
 
 

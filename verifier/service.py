@@ -1,8 +1,6 @@
 """A verifier's answers: room for groups, and for each group what the ledger made of its grades."""
 
 import asyncio
-import os
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -10,7 +8,7 @@ from tokenizers import Tokenizer
 
 from common import wire
 from common.config import Config
-from common.errors import ModelError, RefusedError
+from common.errors import RefusedError
 from common.log import logger
 from common.membership import Activity
 from common.transport import Client
@@ -125,19 +123,3 @@ def _cut_is_wrong(completion: wire.Completion, grade: wire.Grade) -> wire.Grade:
     if grade.outcome is wire.Outcome.CORRECT and completion.finish_reason is wire.FinishReason.LENGTH:
         return msgspec.structs.replace(grade, outcome=wire.Outcome.WRONG, correct=0.0, reward=0.0)
     return grade
-
-
-def load_tokenizer(model: Path) -> Tokenizer:
-    """The tokenizer of a model directory.
-
-    Raises:
-        ModelError: There is none that can be read.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    path = model / "tokenizer.json"
-    if not path.is_file():
-        raise ModelError(f"{path}: not found, expected the model's tokenizer")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ModelError(f"{path}: {error}, expected a tokenizer") from error

@@ -4,17 +4,14 @@ import argparse
 import asyncio
 import fcntl
 import sys
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from common.errors import RunDirectoryError, exit_on_error
 from common.layout import read_resolved
 from common.log import logger, start_logging
-from common.process import die_with_parent, run_until_stopped
+from common.process import die_with_parent, log_ready, run_until_stopped
 from common.rendezvous import Rendezvous, RunKeys
 from common.transport import Service
 from learner.ledger.audit import audit
@@ -55,8 +52,7 @@ async def serve(run_dir: Path, stop: asyncio.Event) -> None:
     async with service, asyncio.TaskGroup() as tasks:
         working = [tasks.create_task(service.serve()), tasks.create_task(ledger.keeper.keep_time())]
         Rendezvous(address=service.endpoint, public_key=keys.public, incarnation=incarnation).write(run_dir)
-        seconds = time.time() - psutil.Process().create_time()
-        logger().info("ready", seconds=round(seconds, 2), endpoint=service.endpoint, incarnation=incarnation)
+        log_ready(endpoint=service.endpoint, incarnation=incarnation)
         stopping = tasks.create_task(stop.wait())
         await asyncio.wait([stopping, ledger.keeper.failed], return_when=asyncio.FIRST_COMPLETED)
         for task in (*working, stopping):

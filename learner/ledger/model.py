@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from tokenizers import Tokenizer
 
 from common.architectures import check_architecture, read_object
 from common.errors import ModelError
+from common.tokenizer import load_tokenizer
 from learner.ledger.template import ChatTemplate, Messages
 
 _SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -25,7 +25,7 @@ class ModelDirectory:
         """
         self.path = path
         check_architecture(path)
-        self._tokenizer = _tokenizer(path / "tokenizer.json")
+        self._tokenizer = load_tokenizer(path / "tokenizer.json")
         self._template = _template(path)
 
     def digest(self) -> str:
@@ -50,17 +50,6 @@ class ModelDirectory:
         if self._template is None:
             raise ModelError(f"{self.path}: found no chat template, expected one for prompts that are chat messages")
         return self._template.render(messages, kwargs)
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    read_object(path, "the model's fast tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"{path}: no tokenizer: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _template(path: Path) -> ChatTemplate | None:

@@ -210,7 +210,9 @@ def test_a_model_without_tokenizer_is_one_line_and_exit_code_2(make_run: MakeRun
     process = _start(run_dir)
     _, message = process.communicate(timeout=10)
     assert process.returncode == 2
-    assert message == f"sluice: {tmp_path / 'model' / 'tokenizer.json'}: not found, expected the model's tokenizer\n"
+    assert (
+        message == f"sluice: {tmp_path / 'model' / 'tokenizer.json'}: not found, expected the model's fast tokenizer\n"
+    )
 
 
 def test_failures_are_counted_and_logged_but_are_no_reward(make_run: MakeRun, make_group: MakeGroup) -> None:
