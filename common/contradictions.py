@@ -67,6 +67,7 @@ def _of_evaluation(config: "Config") -> Contradictions:
 
 def _of_lengths(config: "Config") -> Contradictions:
     loss, longest = config.loss, config.data.max_prompt_tokens + config.sampling.max_tokens
+    evaluated = config.data.max_prompt_tokens + config.evaluation.sampling.max_tokens
     return [
         (
             longest > config.learner.max_tokens_per_microbatch,
@@ -77,6 +78,11 @@ def _of_lengths(config: "Config") -> Contradictions:
             longest > config.generator.max_total_tokens,
             f"generator.max_total_tokens: found {config.generator.max_total_tokens}, expected at least "
             f"data.max_prompt_tokens + sampling.max_tokens = {longest}",
+        ),
+        (
+            evaluated > config.generator.max_total_tokens,
+            f"generator.max_total_tokens: found {config.generator.max_total_tokens}, expected at least "
+            f"data.max_prompt_tokens + evaluation.sampling.max_tokens = {evaluated}",
         ),
         (
             loss.overlong_buffer > config.sampling.max_tokens,

@@ -49,6 +49,8 @@ def check_inputs(config: Config) -> None:
             if not Path(file.path).is_file():
                 raise DataError(f"{key}: {file.path}: not found, expected a file of prompts")
     num_parameters = count_parameters(Path(config.model)) if config.model else 0
+    if config.model:
+        check_positions(config)
     check_space(config, num_parameters)
     check_port(config.run.host, config.run.ledger_port)
 
@@ -62,6 +64,23 @@ def count_parameters(model: Path) -> int:
     check_architecture(model)
     read_object(model / "tokenizer.json", "the model's fast tokenizer")
     return sum(_parameters_of(path) for path in _weight_files(model))
+
+
+def check_positions(config: Config) -> None:
+    """Checks that the model has a position for each token of the longest prompt with the longest response.
+
+    Raises:
+        ModelError: It has fewer.
+    """
+    path = Path(config.model) / "config.json"
+    positions = read_object(path, "").get("max_position_embeddings")
+    for key, sampling in (("sampling", config.sampling), ("evaluation.sampling", config.evaluation.sampling)):
+        longest = config.data.max_prompt_tokens + sampling.max_tokens
+        if isinstance(positions, int) and positions < longest:
+            raise ModelError(
+                f"{path}: found max_position_embeddings = {positions}, expected at least data.max_prompt_tokens + "
+                f"{key}.max_tokens = {longest}"
+            )
 
 
 def check_space(config: Config, num_parameters: int) -> None:

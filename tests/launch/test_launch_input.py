@@ -100,6 +100,19 @@ def test_an_architecture_that_is_not_supported_is_refused(
     assert_refused(cluster, tmp_path, valid, "found architecture LlamaForCausalLM, expected one of Qwen2ForCausalLM")
 
 
+@pytest.mark.parametrize("key", ["sampling", "evaluation.sampling"])
+def test_a_model_without_a_position_for_each_token_is_refused(
+    cluster: Cluster, tmp_path: Path, valid: Arguments, model: Path, key: str
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    fragments = (
+        "found max_position_embeddings = 40",
+        f"expected at least data.max_prompt_tokens + {key}.max_tokens = 41",
+    )
+    assert_refused(cluster, tmp_path, (*valid, f"{key}.max_tokens=33"), *fragments)
+
+
 def test_weights_that_are_cut_are_refused(cluster: Cluster, tmp_path: Path, valid: Arguments, model: Path) -> None:
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
