@@ -1,9 +1,11 @@
-"""The checkpoints of a run: each a directory that is whole or absent.
+"""The checkpoints of a run, each a directory that is whole or absent.
 
-RUN/checkpoints/step-000050/megatron/      model, optimizer, schedule, random states
-huggingface/   the same weights, for transformers and SGLang
-version.json   the policy version
-RUN/checkpoints/best                       a link to the one with the best held-out accuracy
+RUN/checkpoints/step-000050 is that of a policy version; RUN/checkpoints/best links to the best. In each:
+
+    megatron/       model, optimizer, schedule, random states
+    huggingface/    the same weights, for transformers and SGLang
+    version.json    the policy version
+    accuracy.json   held-out accuracy, the mean over all prompts, where it was the best so far
 """
 
 import shutil

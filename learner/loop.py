@@ -103,11 +103,12 @@ class Learner:
         self._recorder.step(self.version, groups, metrics, watch.lap(), status)
 
     def _record_evaluations(self, status: wire.StatusReport) -> None:
-        """Writes what came in; the best checkpoint is the one with the best mean over the held-out sets."""
+        """Writes what came in; the best checkpoint is the one with the best mean over all held-out prompts."""
         self._recorder.evaluations(status.evaluations)
         for version in dict.fromkeys(evaluation.version for evaluation in status.evaluations):
-            accuracies = [e.accuracy for e in status.evaluations if e.version == version]
-            self._checkpoints.mark_best(version, sum(accuracies) / len(accuracies))
+            sets = [e for e in status.evaluations if e.version == version]
+            num_right = sum(e.accuracy * e.num_prompts for e in sets)
+            self._checkpoints.mark_best(version, num_right / sum(e.num_prompts for e in sets))
 
     def _end(self, reason: str) -> None:
         """The accounts, after the final evaluation where the run is complete; a stopped run can go on later."""
