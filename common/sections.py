@@ -147,7 +147,7 @@ class LossConfig(Section):
             (`mean`), or less the mean of the others (`leave_one_out`).
         overlong_buffer: Over the last so many tokens of `sampling.max_tokens` the reward falls linearly; 0 is never.
         overlong_factor: By how much it falls in all.
-        truncated: Completions cut by the length limit are graded and trained, or masked.
+        truncated: Completions cut by the length limit are wrong and trained, or masked.
         filter_uniform: Whether groups whose correctness rewards are all equal are filtered out.
         shuffle_rewards: A control experiment: each group's rewards are permuted, so that nothing can be learned.
     """
