@@ -63,7 +63,7 @@ def _learning(panel: "Axes", rows: "Rows") -> None:
             list(accuracy), list(accuracy.values()), "o-", color=_ORANGE, markersize=4, label="held-out accuracy"
         )
     panel.set_ylim(-0.02, 1.02)
-    panel.legend(loc="lower right")
+    panel.legend(loc="best")
 
 
 def _staleness(panel: "Axes", rows: list[Row]) -> None:
@@ -73,7 +73,7 @@ def _staleness(panel: "Axes", rows: list[Row]) -> None:
     panel.set_ylim(bottom=0)
     panel.set_ylabel("versions")
     panel.yaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.legend(loc="lower right")
+    panel.legend(loc="best")
 
 
 def _clipping(panel: "Axes", rows: list[Row]) -> None:
@@ -87,7 +87,7 @@ def _clipping(panel: "Axes", rows: list[Row]) -> None:
         panel.plot(_steps(rows), smooth(values), color=color, label=label)
     panel.set_ylim(bottom=0)
     panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    panel.legend(loc="upper left")
+    panel.legend(loc="best")
 
 
 def _throughput(panel: "Axes", rows: list[Row]) -> None:
