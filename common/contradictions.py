@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from common.sections import LossConfig, OptimizerConfig, SamplingConfig
+from common.sections import LossConfig, OptimizerConfig, ParallelConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -15,7 +15,14 @@ _SAMPLING = SamplingConfig()
 
 def contradictions(config: "Config") -> Contradictions:
     """Whether each combination is there, and what to say then."""
-    return [*_of_the_run(config), *_of_evaluation(config), *_of_lengths(config), *_of_clips(config), *_of_rates(config)]
+    return [
+        *_of_the_run(config),
+        *_of_evaluation(config),
+        *_of_lengths(config),
+        *_of_clips(config),
+        *_of_rates(config),
+        *_of_ranks(config.learner.parallel),
+    ]
 
 
 def _of_the_run(config: "Config") -> Contradictions:
@@ -155,5 +162,31 @@ def _of_rates(config: "Config") -> Contradictions:
             constant and optimizer.final_lr_share != _OPTIMIZER.final_lr_share,
             f"optimizer.final_lr_share: found {optimizer.final_lr_share:g} with optimizer.schedule = 'constant', where "
             "it has no effect",
+        ),
+    ]
+
+
+def _of_ranks(parallel: ParallelConfig) -> Contradictions:
+    experts = parallel.expert * parallel.expert_tensor
+    return [
+        (
+            parallel.num_stage_ranks % experts != 0,
+            f"learner.parallel.expert: found {parallel.expert} with learner.parallel.expert_tensor = "
+            f"{parallel.expert_tensor}, expected a product that divides data * tensor * context = "
+            f"{parallel.num_stage_ranks}",
+        ),
+        (
+            parallel.sequence and parallel.tensor == 1,
+            "learner.parallel.sequence: found true with learner.parallel.tensor = 1, where it has no effect",
+        ),
+        (
+            experts > 1 and parallel.tensor > 1 and not parallel.sequence,
+            f"learner.parallel.sequence: found false with learner.parallel.tensor = {parallel.tensor} and shared "
+            "experts, expected true: tokens are exchanged between experts once, not by each tensor rank",
+        ),
+        (
+            parallel.virtual_pipeline > 1 and parallel.pipeline == 1,
+            f"learner.parallel.virtual_pipeline: found {parallel.virtual_pipeline} with learner.parallel.pipeline = 1, "
+            "where it has no effect",
         ),
     ]

@@ -198,6 +198,40 @@ class OptimizerConfig(Section):
     max_skipped_steps: Count = 5
 
 
+class ParallelConfig(Section):
+    """How the learner's ranks share the model and the batch.
+
+    Attributes:
+        data: Replicas of the model; each trains on a share of the sequences, and has a share of the optimizer's state.
+        tensor: Ranks that share each matrix.
+        sequence: Whether the ranks that share matrices share the tokens of norms and residuals, too.
+        pipeline: Stages of layers.
+        virtual_pipeline: Pieces of layers that each stage has, in turns.
+        context: Ranks that share each sequence.
+        expert: Ranks that share the experts of a layer; they are taken from all ranks of a pipeline stage.
+        expert_tensor: Ranks that share each expert's matrices; with `expert` they are ranks of a pipeline stage.
+    """
+
+    data: Count = 1
+    tensor: Count = 1
+    sequence: bool = False
+    pipeline: Count = 1
+    virtual_pipeline: Count = 1
+    context: Count = 1
+    expert: Count = 1
+    expert_tensor: Count = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the learner."""
+        return self.pipeline * self.num_stage_ranks
+
+    @property
+    def num_stage_ranks(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.data * self.tensor * self.context
+
+
 class LearnerConfig(Section):
     """The learner.
 
@@ -206,12 +240,14 @@ class LearnerConfig(Section):
         max_tokens_per_microbatch: Packed tokens of one forward pass; a longer sequence is left out and counted.
         checkpoint_every: Steps between checkpoints; there is one after the last step.
         keep_checkpoints: How many of the newest are kept.
+        parallel: How ranks share the model and the batch.
     """
 
     dtype: Dtype = "float32"
     max_tokens_per_microbatch: Count = 8192
     checkpoint_every: Count = 50
     keep_checkpoints: Count = 2
+    parallel: ParallelConfig = ParallelConfig()
 
 
 class GeneratorConfig(Section):

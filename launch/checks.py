@@ -13,6 +13,7 @@ from common.architectures import check_architecture, read_object
 from common.config import Config
 from common.errors import DataError, ModelError, RunDirectoryError
 from common.sections import DataFile
+from common.shape import check_division, read_shape
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -51,6 +52,7 @@ def check_inputs(config: Config) -> None:
     num_parameters = count_parameters(Path(config.model)) if config.model else 0
     if config.model:
         check_positions(config)
+        check_division(read_shape(Path(config.model)), config.learner.parallel)
     check_space(config, num_parameters)
     check_port(config.run.host, config.run.ledger_port)
 

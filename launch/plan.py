@@ -51,6 +51,7 @@ def derived_numbers(config: Config) -> dict[str, int]:
     sequences = config.groups_per_step * config.group_size
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
     return {
+        "learner ranks": config.learner.parallel.num_ranks,
         "sequences per step": sequences,
         "sequences per update": sequences // config.updates_per_step,
         "optimizer updates": config.steps * config.updates_per_step,
@@ -72,6 +73,7 @@ def _python(module: str, *arguments: str) -> tuple[str, ...]:
 
 def _torchrun(config: Config, run: str) -> tuple[str, ...]:
     """Torchrun never restarts ranks itself: the launcher does."""
-    options = ("--max-restarts=0", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={FREE_PORT}")
+    ranks = f"--nproc-per-node={config.learner.parallel.num_ranks}"
+    options = ("--max-restarts=0", ranks, "--master-addr=127.0.0.1", f"--master-port={FREE_PORT}")
     patience = f"--shutdown-timeout={int(config.run.stop_timeout_s)}"
     return _python("torch.distributed.run", *options, patience, "-m", "learner", run)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ModelError
-from learner.megatron.shape import ModelShape
+from common.shape import ModelShape
 from learner.megatron.weights import WeightFiles
 
 Split = Callable[[Tensor], list[Tensor]]

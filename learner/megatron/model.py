@@ -11,8 +11,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from common.shape import ModelShape
 from learner.megatron.attention import PackedAttention, RMSNorm
-from learner.megatron.shape import ModelShape
 
 
 class HiddenStateModel(GPTModel):

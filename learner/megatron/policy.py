@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from common.config import Config
+from common.shape import read_shape
 from learner.batch import MicroBatch
 from learner.megatron import checkpoint, parallel
 from learner.megatron.attention import packed_runs
@@ -19,7 +20,6 @@ from learner.megatron.convert import export_weights, import_weights
 from learner.megatron.logprobs import packed_logprobs
 from learner.megatron.model import build_model
 from learner.megatron.optimizer import Optimizer, wrap_model
-from learner.megatron.shape import read_shape
 from learner.megatron.substitutes import substitute_transformer_engine
 from learner.megatron.weights import WeightFiles
 from learner.trainable import Loss, UpdateResult

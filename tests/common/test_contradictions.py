@@ -12,6 +12,10 @@ from common.errors import ConfigError
 FRESH = {"max_staleness": 0}
 
 
+def _ranks(**sizes: int) -> dict[str, Any]:
+    return {"learner": {"parallel": sizes}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -36,6 +40,11 @@ FRESH = {"max_staleness": 0}
         ({**FRESH, "loss": {"staleness_clip": 0.2}}, "loss.staleness_clip: found 0.2 with max_staleness = 0"),
         ({**FRESH, "loss": {"narrowing": 0.2}}, "loss.narrowing: found 0.2 with max_staleness = 0"),
         ({"loss": {"narrowing_floor": 0.5}}, "loss.narrowing_floor: found 0.5 with loss.narrowing = 0"),
+        (_ranks(data=2, expert=4), "learner.parallel.expert: found 4 with learner.parallel.expert_tensor = 1"),
+        (_ranks(data=4, expert=2, expert_tensor=4), "expected a product that divides data * tensor * context = 4"),
+        (_ranks(sequence=True), "learner.parallel.sequence: found true with learner.parallel.tensor = 1"),
+        (_ranks(tensor=2, data=2, expert=2), "learner.parallel.sequence: found false with learner.parallel.tensor = 2"),
+        (_ranks(virtual_pipeline=2), "learner.parallel.virtual_pipeline: found 2 with learner.parallel.pipeline = 1"),
         ({"optimizer": {"warmup_steps": 101}}, "optimizer.warmup_steps: found 101, expected at most steps = 100"),
         (
             {"optimizer": {"warmup_steps": 1, "warmup_share": 0.1}},

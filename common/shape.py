@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 
 from common.architectures import QWEN2, QWEN3_MOE, check_architecture
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
+from common.sections import ParallelConfig
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +96,39 @@ def read_shape(model_dir: Path) -> ModelShape:
         if wrong:
             raise ModelError(f"{path}: {message}")
     return shape
+
+
+def check_division(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Checks that the model can be divided over the learner's ranks.
+
+    Raises:
+        ConfigError: A size is no multiple of the ranks that share it, or there is nothing to share.
+    """
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    tensor = "learner.parallel.tensor"
+    rows = [
+        ("num_attention_heads", shape.num_attention_heads, tensor, parallel.tensor),
+        ("num_key_value_heads", shape.num_key_value_heads, tensor, parallel.tensor),
+        ("vocab_size", shape.vocab_size, tensor, parallel.tensor),
+        ("num_hidden_layers", shape.num_hidden_layers, "learner.parallel.pipeline * virtual_pipeline", stages),
+    ]
+    if shape.is_moe:
+        rows.append(("num_experts", shape.total_experts, "learner.parallel.expert", parallel.expert))
+        size = shape.moe_intermediate_size
+        rows.append(("moe_intermediate_size", size, "learner.parallel.expert_tensor", parallel.expert_tensor))
+    else:
+        rows.append(("intermediate_size", shape.intermediate_size, tensor, parallel.tensor))
+    for name, size, key, ranks in rows:
+        if size % ranks:
+            raise ConfigError(f"{key}: found {ranks}, expected a divisor of the model's {name} = {size}")
+    for key, ranks in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor)):
+        if ranks > 1 and not shape.is_moe:
+            raise ConfigError(f"learner.parallel.{key}: found {ranks}, expected 1: the model has no experts")
+    if shape.is_moe and parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"learner.parallel.sequence: found false with {tensor} = {parallel.tensor}, expected true: the model has "
+            "experts, and each token must reach them once"
+        )
 
 
 def _unsupported(shape: ModelShape) -> list[tuple[bool, str]]:
