@@ -124,6 +124,11 @@ def check_division(shape: ModelShape, parallel: ParallelConfig) -> None:
     for key, ranks in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor)):
         if ranks > 1 and not shape.is_moe:
             raise ConfigError(f"learner.parallel.{key}: found {ranks}, expected 1: the model has no experts")
+    if shape.is_moe and parallel.expert == 1 and parallel.expert_tensor != parallel.tensor:
+        raise ConfigError(
+            f"learner.parallel.expert_tensor: found {parallel.expert_tensor} with expert = 1, expected {tensor} = "
+            f"{parallel.tensor}: Megatron sums the gradients of experts that all ranks have over replicas alone"
+        )
     if shape.is_moe and parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
             f"learner.parallel.sequence: found false with {tensor} = {parallel.tensor}, expected true: the model has "

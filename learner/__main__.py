@@ -1,7 +1,9 @@
 """One rank of the learner: `torchrun --max-restarts=0 -m learner RUN`."""
 
 import argparse
+import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
 
@@ -20,17 +22,23 @@ def main() -> None:
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: stop.set())
-    start_logging("learner", run_dir, name="learner-0")
+    start_logging("learner", run_dir, name=f"learner-{os.environ.get('RANK', '0')}")
     config = read_resolved(run_dir)
 
     from learner.link import LedgerLink
     from learner.loop import Learner
     from learner.megatron.policy import Policy
+    from learner.ranks import Ranks
+    from learner.shared import SharedLedger
 
-    policy = Policy(config)
-    with LedgerLink(run_dir, stall_timeout_s=config.run.stall_timeout_s, should_stop=stop.is_set) as ledger:
+    policy, ranks = Policy(config), Ranks()
+    with ExitStack() as closing:
+        link = None
+        if ranks.is_first:
+            timeout_s = config.run.stall_timeout_s
+            link = closing.enter_context(LedgerLink(run_dir, stall_timeout_s=timeout_s, should_stop=stop.is_set))
         log_ready()
-        Learner(config, run_dir, policy, ledger, stop.is_set).train()
+        Learner(config, run_dir, policy, SharedLedger(ranks, link), ranks).train()
 
 
 if __name__ == "__main__":

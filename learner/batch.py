@@ -122,18 +122,20 @@ def is_masked(completion: wire.Completion, config: Config) -> bool:
     return config.loss.truncated == "mask" and completion.finish_reason is wire.FinishReason.LENGTH
 
 
-def pack(sequences: list[Sequence], max_tokens: int, *, rank: int = 0, num_ranks: int = 1) -> list[MicroBatch]:
+def pack(
+    sequences: list[Sequence], max_tokens: int, *, rank: int = 0, num_ranks: int = 1, multiple: int = 1
+) -> list[MicroBatch]:
     """One rank's micro-batches of at most `max_tokens`, each longest first; the same for the same sequences.
 
     Sequences of one length stand side by side, so that attention can take them together. Every rank is given all
-    sequences and has the same number of micro-batches (`learner.packing.plan`). One that would be empty, where there
-    are fewer sequences than ranks, holds the shortest sequence without counting it in the loss.
+    sequences and has the same number of micro-batches, one of `multiple` (`learner.packing.plan`). One that would be
+    empty, where there are too few sequences, holds the shortest sequence without counting it in the loss.
 
     Raises:
         ValueError: A sequence is longer than `max_tokens`.
     """
     lengths = np.array([s.num_tokens for s in sequences], dtype=np.int64)
-    shared = plan(lengths, max_tokens, num_ranks)[rank]
+    shared = plan(lengths, max_tokens, num_ranks, multiple)[rank]
     return [
         _micro_batch([sequences[i] for i in members] or [sequences[lengths.argmin()]], counted=len(members) > 0)
         for members in shared

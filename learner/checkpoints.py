@@ -20,6 +20,7 @@ from common.log import logger
 from common.versions import Version
 from learner.export import write_hugging_face
 from learner.megatron.policy import Policy
+from learner.ranks import Ranks
 
 _VERSION = "version.json"
 _ACCURACY = "accuracy.json"
@@ -30,8 +31,9 @@ _MEGATRON = "megatron"
 class Checkpoints:
     """Saves, loads, and keeps the newest few and the best."""
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(self, config: Config, run_dir: Path, ranks: Ranks) -> None:
         self._directory = run_dir / "checkpoints"
+        self._ranks = ranks
         self._keep = config.learner.keep_checkpoints
         self._model_dir = Path(config.model)
         self._best = self._directory / "best"
@@ -46,25 +48,30 @@ class Checkpoints:
         return None
 
     def save(self, policy: Policy, version: Version) -> Path:
-        """Writes the checkpoint of a version, forgets the oldest, and returns the path of its Hugging Face form.
+        """Writes the checkpoint of a version, on all ranks, and returns the path of its Hugging Face form.
 
         Raises:
             RunDirectoryError: The disk is full; what was there before is as it was.
         """
         path = self._path(version)
         temporary = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            temporary.mkdir(parents=True)
+            if self._ranks.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            self._ranks.wait()
             policy.save(temporary / _MEGATRON)
-            write_hugging_face(policy.export(), self._model_dir, temporary / HUGGING_FACE, whole_model=True)
-            (temporary / _VERSION).write_bytes(msgspec.json.encode(version))
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
+            weights = temporary / HUGGING_FACE
+            write_hugging_face(policy.export(), self._model_dir, weights, self._ranks, whole_model=True)
+            if self._ranks.is_first:
+                (temporary / _VERSION).write_bytes(msgspec.json.encode(version))
+                shutil.rmtree(path, ignore_errors=True)
+                temporary.rename(path)
+                self._forget()
+            self._ranks.wait()
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunDirectoryError(f"{path}: cannot be written: {error.strerror or error}") from error
-        self._forget()
         return path / HUGGING_FACE
 
     def has(self, version: Version) -> bool:

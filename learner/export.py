@@ -5,62 +5,90 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors.torch import save_file
 
 from common.errors import RunDirectoryError
+from learner.ranks import Ranks
 
 SHARD_BYTES = 4 << 30
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def write_hugging_face(
-    tensors: Iterable[tuple[str, torch.Tensor]], model_dir: Path, target: Path, *, whole_model: bool
+    tensors: Iterable[tuple[str, torch.Tensor]], model_dir: Path, target: Path, ranks: Ranks, *, whole_model: bool
 ) -> int:
     """Writes `target`, whole or not at all, and returns the size of its weights in bytes.
 
+    Each rank writes its own weights, to a file system that all share.
+
     Args:
-        tensors: Name and tensor of each weight, one at a time.
+        tensors: Name and tensor of each weight of this rank, one at a time.
         model_dir: The model that the run started from: its config (and all that is no weight) is copied.
         target: The directory to make; what stands there is replaced.
+        ranks: All of them make this call.
         whole_model: Whether tokenizer and generation config come along, for people; an engine needs only the config.
 
     Raises:
         RunDirectoryError: The disk is full or the directory cannot be written; nothing is left of it.
     """
     temporary = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        size_bytes = _write_shards(tensors, temporary)
-        for source in model_dir.iterdir():
-            is_wanted = source.is_file() and not source.name.endswith(_WEIGHTS)
-            if is_wanted and (whole_model or source.name == "config.json"):
-                shutil.copyfile(source, temporary / source.name)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        ranks.wait()
+        shards = _write_shards(tensors, temporary, ranks)
+        if ranks.is_first:
+            _write_index(shards, temporary)
+            _copy_rest(model_dir, temporary, whole_model=whole_model)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+        ranks.wait()
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunDirectoryError(f"{target}: cannot be written: {error.strerror or error}") from error
-    return size_bytes
+    return sum(shard.size_bytes for shard in shards)
 
 
-def _write_shards(tensors: Iterable[tuple[str, torch.Tensor]], directory: Path) -> int:
-    names: list[list[str]] = []
-    size_bytes = 0
+class _Shard(msgspec.Struct, frozen=True):
+    """One file of weights."""
+
+    file: str
+    names: list[str]
+    size_bytes: int
+
+
+def _write_shards(tensors: Iterable[tuple[str, torch.Tensor]], directory: Path, ranks: Ranks) -> list[_Shard]:
+    """Writes this rank's shards; returns those of all ranks."""
+    written: list[_Shard] = []
     for shard in _shards(tensors):
-        save_file(shard, directory / _shard_name(len(names)), metadata={"format": "pt"})
-        names.append(list(shard))
-        size_bytes += sum(t.nbytes for t in shard.values())
-    if len(names) == 1:
-        (directory / _shard_name(0)).rename(directory / "model.safetensors")
-        return size_bytes
+        file = f"model-{ranks.rank + 1:05d}-{len(written) + 1:05d}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        written.append(_Shard(file, list(shard), sum(t.nbytes for t in shard.values())))
+    gathered = ranks.gather(msgspec.msgpack.encode(written))
+    return [shard for part in gathered for shard in msgspec.msgpack.decode(part, type=list[_Shard])]
+
+
+def _write_index(shards: list[_Shard], directory: Path) -> None:
+    """Says which file has which weight; a single file needs no index."""
+    if len(shards) == 1:
+        (directory / shards[0].file).rename(directory / "model.safetensors")
+        return
     index = {
-        "metadata": {"total_size": size_bytes},
-        "weight_map": {name: _shard_name(i) for i, shard in enumerate(names) for name in shard},
+        "metadata": {"total_size": sum(shard.size_bytes for shard in shards)},
+        "weight_map": {name: shard.file for shard in shards for name in shard.names},
     }
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return size_bytes
+
+
+def _copy_rest(model_dir: Path, directory: Path, *, whole_model: bool) -> None:
+    """What is no weight."""
+    for source in model_dir.iterdir():
+        is_wanted = source.is_file() and not source.name.endswith(_WEIGHTS)
+        if is_wanted and (whole_model or source.name == "config.json"):
+            shutil.copyfile(source, directory / source.name)
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -72,8 +100,5 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
             shard, size_bytes = {}, 0
         shard[name] = tensor.detach().contiguous().cpu()
         size_bytes += tensor.nbytes
-    yield shard
-
-
-def _shard_name(index: int) -> str:
-    return f"model-{index + 1:05d}.safetensors"
+    if shard:
+        yield shard

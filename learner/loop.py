@@ -1,6 +1,5 @@
 """The training loop."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from common import wire
@@ -9,10 +8,11 @@ from common.errors import StallError
 from common.log import bind, logger
 from common.versions import Lineages, Version
 from learner.checkpoints import Checkpoints
-from learner.link import LedgerLink
 from learner.megatron.policy import Policy
 from learner.publish import Publisher
+from learner.ranks import Ranks
 from learner.record import Recorder, Stopwatch
+from learner.shared import SharedLedger
 from learner.step import SkipLimit, train_step
 
 
@@ -23,17 +23,15 @@ class Learner:
         version: That the policy holds.
     """
 
-    def __init__(
-        self, config: Config, run_dir: Path, policy: Policy, ledger: LedgerLink, should_stop: Callable[[], bool]
-    ) -> None:
-        """`should_stop` is asked between steps, and while the learner waits."""
+    def __init__(self, config: Config, run_dir: Path, policy: Policy, ledger: SharedLedger, ranks: Ranks) -> None:
+        """`policy` is this rank's part; `ranks` are all."""
         self._config = config
         self._policy = policy
         self._ledger = ledger
-        self._should_stop = should_stop
-        self._publisher = Publisher(config, run_dir, policy.vocab_size)
-        self._checkpoints = Checkpoints(config, run_dir)
-        self._recorder = Recorder(config, run_dir)
+        self._ranks = ranks
+        self._publisher = Publisher(config, run_dir, policy.vocab_size, ranks)
+        self._checkpoints = Checkpoints(config, run_dir, ranks)
+        self._recorder = Recorder(config, run_dir) if ranks.is_first else None
         self._skips = SkipLimit(config)
         self._lineages = Lineages()
         self.version = Version(0, 0)
@@ -61,7 +59,9 @@ class Learner:
             if groups is None:
                 return
             with watch("update"), self._ledger.activity.working():
-                metrics = train_step(self._policy, groups, self._config, self.version, self._lineages)
+                metrics = train_step(
+                    self._policy, groups, self._config, self.version, self._lineages, self._ranks.gather
+                )
             self._skips.count(metrics)
             self.version = self._ledger.commit(self.version, groups)
             with watch("publish"):
@@ -97,14 +97,17 @@ class Learner:
             logger().info("checkpoint_saved", path=str(path))
 
     def _record(self, groups: tuple[wire.TrainingGroup, ...], metrics: dict[str, float], watch: Stopwatch) -> None:
+        times = watch.lap()
+        if self._recorder is None:
+            return
         status = self._ledger.status(self._recorder.num_evaluations)
-        self._record_evaluations(status)
+        self._record_evaluations(self._recorder, status)
         self._ledger.activity.count(num_tokens=int(metrics["num_tokens"]), num_items=1)
-        self._recorder.step(self.version, groups, metrics, watch.lap(), status)
+        self._recorder.step(self.version, groups, metrics, times, status)
 
-    def _record_evaluations(self, status: wire.StatusReport) -> None:
+    def _record_evaluations(self, recorder: Recorder, status: wire.StatusReport) -> None:
         """Writes what came in; the best checkpoint is the one with the best mean over all held-out prompts."""
-        self._recorder.evaluations(status.evaluations)
+        recorder.evaluations(status.evaluations)
         for version in dict.fromkeys(evaluation.version for evaluation in status.evaluations):
             sets = [e for e in status.evaluations if e.version == version]
             num_right = sum(e.accuracy * e.num_prompts for e in sets)
@@ -114,9 +117,10 @@ class Learner:
         """The accounts, after the final evaluation where the run is complete; a stopped run can go on later."""
         if self.version.number == self._config.steps:
             self._ledger.finish(reason)
-        status = self._ledger.status(self._recorder.num_evaluations)
-        self._record_evaluations(status)
         checkpoint = self._checkpoints.hugging_face(self.version)
-        self._recorder.end(self.version, reason, status.accounts, checkpoint, status)
-        self._publisher.close()
+        if self._recorder is not None:
+            status = self._ledger.status(self._recorder.num_evaluations)
+            self._record_evaluations(self._recorder, status)
+            self._recorder.end(self.version, reason, status.accounts, checkpoint, status)
+            self._publisher.close()
         logger().info("training_ends", reason=reason, checkpoint=str(checkpoint))

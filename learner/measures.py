@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Self
 
+import msgspec
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -43,6 +45,18 @@ class Measures:
     def __add__(self, other: Self) -> "Measures":
         rows = torch.cat([self.completions, other.completions])
         return Measures(rows, self.totals + other.totals, self.differences + other.differences)
+
+    def to_bytes(self) -> bytes:
+        """For another rank."""
+        return msgspec.msgpack.encode([t.numpy().tobytes() for t in (self.completions, self.totals, self.differences)])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What `to_bytes` wrote."""
+        rows, totals, differences = (bytearray(part) for part in msgspec.msgpack.decode(data, type=list[bytes]))
+        completions = np.frombuffer(rows, np.float64).reshape(-1, len(_COLUMNS))
+        counts = torch.from_numpy(np.frombuffer(differences, np.int64))
+        return cls(torch.from_numpy(completions), torch.from_numpy(np.frombuffer(totals, np.float64)), counts)
 
     def column(self, name: str) -> Float[Tensor, " completions"]:
         """One number of each completion."""

@@ -14,6 +14,7 @@ def plan(
     lengths: NDArray[np.int64],
     max_tokens: int,
     num_ranks: int = 1,
+    multiple: int = 1,
     attention_crossover: int = ATTENTION_CROSSOVER,
 ) -> list[list[NDArray[np.int64]]]:
     """The micro-batches of each rank, as indices of sequences, longest first.
@@ -26,10 +27,11 @@ def plan(
         lengths: Tokens of each sequence, at least 1.
         max_tokens: Of a micro-batch.
         num_ranks: Data-parallel ranks.
+        multiple: What the number of each rank's micro-batches is a multiple of.
         attention_crossover: Length at which attention, quadratic, costs as much as all the rest, linear.
 
     Returns:
-        Of each rank its micro-batches. A micro-batch is empty only where there are fewer sequences than ranks.
+        Of each rank its micro-batches. A micro-batch is empty only where there are too few sequences.
 
     Raises:
         ValueError: A sequence is longer than `max_tokens`.
@@ -43,7 +45,7 @@ def plan(
     order = np.argsort(-lengths, kind="stable")
     ordered = lengths[order]
     costs = sequence_costs(ordered, attention_crossover)
-    bins = _fill(ordered, costs, max_tokens, num_ranks)
+    bins = _fill(ordered, costs, max_tokens, num_ranks * multiple)
     ranks = _deal([float(costs[b].sum()) for b in bins], num_ranks)
     return [[order[bins[i]] for i in rank] for rank in ranks]
 
@@ -54,21 +56,21 @@ def sequence_costs(lengths: NDArray[np.int64], attention_crossover: int) -> NDAr
 
 
 def _fill(
-    lengths: NDArray[np.int64], costs: NDArray[np.float64], max_tokens: int, num_ranks: int
+    lengths: NDArray[np.int64], costs: NDArray[np.float64], max_tokens: int, multiple: int
 ) -> list[NDArray[np.int64]]:
-    """As few micro-batches as fit, a multiple of `num_ranks`: of even cost where there is room for that, else tight.
+    """As few micro-batches as fit, a multiple of `multiple`: of even cost where there is room for that, else tight.
 
     Args:
         lengths: Longest first.
         costs: Of the same sequences.
         max_tokens: Of a micro-batch.
-        num_ranks: What the number of micro-batches is a multiple of.
+        multiple: What their number is a multiple of.
     """
-    least = _multiple(-(-int(lengths.sum()) // max_tokens), num_ranks)
+    least = _multiple(-(-int(lengths.sum()) // max_tokens), multiple)
     owner = _even(lengths, costs, max_tokens, least)
     if owner is None:
         owner = _tight(lengths, max_tokens)
-        wanted = _multiple(max(owner) + 1, num_ranks)
+        wanted = _multiple(max(owner) + 1, multiple)
         even = _even(lengths, costs, max_tokens, wanted) if wanted > least else None
         owner = even or _split(owner, costs, wanted)
         least = wanted

@@ -11,6 +11,7 @@ from common.config import Config
 from common.rendezvous import RunKeys
 from common.versions import Version
 from learner.export import write_hugging_face
+from learner.ranks import Ranks
 
 PROBE_TOKENS = 64
 
@@ -27,9 +28,10 @@ class Publisher:
     removed here takes the newest instead.
     """
 
-    def __init__(self, config: Config, run_dir: Path, vocab_size: int) -> None:
+    def __init__(self, config: Config, run_dir: Path, vocab_size: int, ranks: Ranks) -> None:
         self._directory = weights_dir(config, run_dir)
         self._keep = config.weights.keep
+        self._ranks = ranks
         self._model_dir = Path(config.model)
         generator = torch.Generator().manual_seed(config.seed)
         self._probe = torch.randint(0, vocab_size, (PROBE_TOKENS,), generator=generator).int()
@@ -42,20 +44,20 @@ class Publisher:
         tensors: Iterable[tuple[str, torch.Tensor]],
         logprobs: Callable[[torch.Tensor], torch.Tensor],
     ) -> wire.Manifest:
-        """Writes one version whole, removes the oldest, and returns its manifest.
+        """Writes one version whole, removes the oldest, and returns its manifest. All ranks write their weights.
 
         Args:
             version: Of the weights.
-            tensors: The policy's weights.
+            tensors: The policy's weights, those of this rank.
             logprobs: The policy's logprobs of a token sequence, Int[T] -> Float[T], the first one without meaning.
 
         Raises:
             RunDirectoryError: The memory-backed storage is full.
         """
         path = self._directory / str(version)
-        size_bytes = write_hugging_face(tensors, self._model_dir, path, whole_model=False)
+        size_bytes = write_hugging_face(tensors, self._model_dir, path, self._ranks, whole_model=False)
         self._published.append(path)
-        while len(self._published) > self._keep:
+        while self._ranks.is_first and len(self._published) > self._keep:
             shutil.rmtree(self._published.pop(0), ignore_errors=True)
         return wire.Manifest(
             version=version,

@@ -1,5 +1,8 @@
 """One step: groups in, `updates_per_step` optimizer updates, and the numbers that tell what happened."""
 
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -21,13 +24,29 @@ from learner.batch import (
 )
 from learner.gspo import gspo_loss, proximal
 from learner.measures import Measures, add_up, measure, summarize
-from learner.trainable import Trainable, UpdateResult
+from learner.trainable import BatchShare, Trainable, UpdateResult
+
+Gather = Callable[[bytes], list[bytes]]
 
 
 def train_step(
-    policy: Trainable, groups: tuple[wire.TrainingGroup, ...], config: Config, version: Version, lineages: Lineages
+    policy: Trainable,
+    groups: tuple[wire.TrainingGroup, ...],
+    config: Config,
+    version: Version,
+    lineages: Lineages,
+    gather: Gather = lambda own: [own],
 ) -> dict[str, float]:
-    """Trains on the groups of the step that starts at `version` and returns its metrics."""
+    """Trains on the groups of the step that starts at `version` and returns its metrics, those of all ranks.
+
+    Args:
+        policy: This rank's.
+        groups: Of the step: all of them, the same on every rank.
+        config: Of the run.
+        version: Of the weights.
+        lineages: To tell staleness.
+        gather: The bytes of every rank, given this rank's.
+    """
     shuffled = np.random.default_rng([config.seed, version.number])
     order = shuffled.permutation(len(groups))
     sequences = [group_sequences(groups[i], config, version, lineages, shuffled) for i in order]
@@ -35,18 +54,35 @@ def train_step(
     updates: list[list[Sequence]] = [
         [s for group in sequences[at : at + per_update] for s in group] for at in range(0, len(groups), per_update)
     ]
-    max_tokens = config.learner.max_tokens_per_microbatch
-    fitting = [split_long(update, max_tokens) for update in updates]
-    step = _Step(policy, config, [pack(update, max_tokens) for update, _ in fitting])
+    fitting = [split_long(update, config.learner.max_tokens_per_microbatch) for update in updates]
+    step = _Step(policy, config, [_Update.of(update, config, policy.share) for update, _ in fitting])
     step.run()
     rejected = {"num_rejected": float(sum(num for _, num in fitting))}
-    return {**batch_metrics(groups, config, version, lineages), **rejected, **step.metrics()}
+    return {**batch_metrics(groups, config, version, lineages), **rejected, **step.metrics(gather)}
+
+
+class _Update(NamedTuple):
+    """The sequences of one optimizer update.
+
+    Attributes:
+        micros: This rank's.
+        num_completions: N, over all ranks.
+    """
+
+    micros: list[MicroBatch]
+    num_completions: int
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], config: Config, share: BatchShare) -> Self:
+        """This rank's share of an update."""
+        ranks = {"rank": share.rank, "num_ranks": share.num_ranks, "multiple": share.multiple}
+        return cls(pack(sequences, config.learner.max_tokens_per_microbatch, **ranks), len(sequences))
 
 
 class _Step:
     """The updates of one step, and what they leave behind."""
 
-    def __init__(self, policy: Trainable, config: Config, updates: list[list[MicroBatch]]) -> None:
+    def __init__(self, policy: Trainable, config: Config, updates: list[_Update]) -> None:
         self._policy, self._config, self._updates = policy, config, updates
         self._results: list[UpdateResult] = []
         self._measured: list[Measures] = []
@@ -54,34 +90,36 @@ class _Step:
 
     def run(self) -> None:
         """Makes the updates; the proximal logprobs of all but the first are taken before it."""
-        at_start: list[list[Tensor | None]] = [[None] * len(micros) for micros in self._updates]
-        if self._config.loss.proximal == "recompute":
-            at_start[1:] = [[self._policy.logprobs(micro) for micro in micros] for micros in self._updates[1:]]
-        for micros, proximals in zip(self._updates, at_start, strict=True):
-            num_completions = sum(int(micro.loss_mask.sum()) for micro in micros)
-            if num_completions:
-                self._update(micros, proximals, num_completions)
+        recompute = self._config.loss.proximal == "recompute"
+        at_start = [
+            self._policy.logprobs(update.micros) if recompute and i and update.micros else []
+            for i, update in enumerate(self._updates)
+        ]
+        for update, proximals in zip(self._updates, at_start, strict=True):
+            if update.num_completions:
+                self._update(update, {id(m): p for m, p in zip(update.micros, proximals, strict=False)})
             else:
                 self._num_empty += 1
 
-    def _update(self, micros: list[MicroBatch], proximals: list[Tensor | None], num_completions: int) -> None:
-        at_start = {id(micro): logprobs for micro, logprobs in zip(micros, proximals, strict=True)}
+    def _update(self, update: _Update, at_start: dict[int, Tensor]) -> None:
+        num = update.num_completions
 
         def loss(micro: MicroBatch, learner: Float[Tensor, " tokens"], entropy: Float[Tensor, " tokens"]) -> Tensor:
-            centre = proximal(micro, learner, at_start[id(micro)], self._config.loss)
-            value, stats = gspo_loss(micro, learner, centre, num_completions, self._config.loss)
-            total = float(value.detach()) * num_completions
-            self._measured.append(measure(micro, stats, total, learner.detach(), entropy))
+            centre = proximal(micro, learner, at_start.get(id(micro)), self._config.loss)
+            value, stats = gspo_loss(micro, learner, centre, num, self._config.loss)
+            if self._policy.share.speaks:
+                self._measured.append(measure(micro, stats, float(value.detach()) * num, learner.detach(), entropy))
             return value
 
-        self._results.append(self._policy.update(micros, loss))
+        self._results.append(self._policy.update(update.micros, loss))
 
-    def metrics(self) -> dict[str, float]:
-        """The step's numbers, over all of its updates; NaN where nothing was trained."""
+    def metrics(self, gather: Gather) -> dict[str, float]:
+        """The step's numbers, over all of its updates and ranks; NaN where nothing was trained."""
+        measured = add_up([Measures.from_bytes(part) for part in gather(add_up(self._measured).to_bytes())])
         skipped = self._num_empty + sum(result.skipped for result in self._results)
         norms = [result.grad_norm for result in self._results]
         return {
-            **summarize(add_up(self._measured), self._config.sampling.max_tokens),
+            **summarize(measured, self._config.sampling.max_tokens),
             "skipped_updates": float(skipped),
             "grad_norm": float(np.mean(norms)) if norms else float("nan"),
             "lr": self._results[-1].lr if self._results else float("nan"),

@@ -27,11 +27,33 @@ class UpdateResult:
     lr: float
 
 
+@dataclass(frozen=True)
+class BatchShare:
+    """Which micro-batches a rank works on.
+
+    Attributes:
+        rank: Of those that share the sequences.
+        num_ranks: They are as many.
+        multiple: The number of a rank's micro-batches is one of it.
+        speaks: Whether what this rank measures counts, of all that work on the same micro-batches.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    multiple: int = 1
+    speaks: bool = True
+
+
 class Trainable(Protocol):
     """A policy that learns: `learner.megatron.policy.Policy`, or a test's reference."""
 
-    def logprobs(self, micro: MicroBatch) -> Float[Tensor, " tokens"]:
-        """Logprobs of the tokens, without gradient."""
+    @property
+    def share(self) -> BatchShare:
+        """This rank's share of the batch."""
+        ...
+
+    def logprobs(self, micros: Sequence[MicroBatch]) -> list[Float[Tensor, " tokens"]]:
+        """Logprobs of the tokens, without gradient; empty on a rank that has none."""
         ...
 
     def update(self, micros: Sequence[MicroBatch], loss: Loss) -> UpdateResult:

@@ -3,6 +3,9 @@
 Sequences are packed head to tail (thd). Neighbours of equal length form a run, and a run is one batched call of
 torch's scaled dot product attention on views of the packed tensors: `learner.batch.pack` puts equal lengths side by
 side, so that hundreds of short sequences cost a handful of calls.
+
+With context parallelism a rank has two pieces of each sequence (`learner.megatron.tokens`); keys and values of the
+others are gathered, and each piece attends to all that is before its end.
 """
 
 import math
@@ -13,10 +16,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from learner.megatron.parallel import Share
 
 
 class Run(NamedTuple):
@@ -55,7 +62,7 @@ def packed_runs(sequence_starts: Tensor, device: torch.device) -> PackedRuns:
 class PackedAttention(MegatronModule):
     """Causal attention within each packed sequence; Megatron's core attention without TransformerEngine.
 
-    What this does not do: context parallelism, dropout, unpacked batches.
+    What this does not do: dropout, unpacked batches.
     """
 
     def __init__(
@@ -70,9 +77,9 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         del layer_number, attn_mask_type, attention_type
         assert config.attention_dropout == 0.0
-        assert config.context_parallel_size == 1
         assert config.kv_channels is not None
         self._scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self._context = Share.of(parallel_state.get_context_parallel_group())
 
     def forward(
         self,
@@ -88,14 +95,36 @@ class PackedAttention(MegatronModule):
         del attention_mask, attn_mask_type, attention_bias
         assert packed_seq_params is not None
         runs = packed_seq_params.runs
-        sizes = [run.num_sequences * run.length for run in runs]
-        parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), runs, strict=True)
-        return torch.cat([self._attend(*part) for part in parts]).flatten(1)
+        sizes = [run.num_sequences * run.length // self._context.size for run in runs]
+        if self._context.size == 1:
+            parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), runs, strict=True)
+            return torch.cat([self._attend(*part) for part in parts]).flatten(1)
+        keys, values = (self._of_all_ranks(t).split(sizes, dim=1) for t in (key, value))
+        pieces = zip(query.split(sizes), keys, values, runs, strict=True)
+        return torch.cat([self._attend_pieces(*part) for part in pieces]).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, run: Run) -> Tensor:
         q, k, v = (t.unflatten(0, run).transpose(1, 2) for t in (query, key, value))
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=True)
         return output.transpose(1, 2).flatten(0, 1)
+
+    def _attend_pieces(self, query: Tensor, key: Tensor, value: Tensor, run: Run) -> Tensor:
+        """This rank's two pieces of each sequence; keys and values are those of all context ranks."""
+        ranks, rank = self._context.size, self._context.rank
+        piece = run.length // (2 * ranks)
+        k, v = (_in_order(t.unflatten(1, (run.num_sequences, 2, piece))) for t in (key, value))
+        outputs: list[Tensor] = []
+        for i, number in enumerate((rank, 2 * ranks - 1 - rank)):
+            q = query.unflatten(0, (run.num_sequences, 2, piece))[:, i].transpose(1, 2)
+            seen = (number + 1) * piece
+            mask = torch.ones(piece, seen, dtype=torch.bool, device=q.device).tril(seen - piece)
+            options: dict[str, Any] = {"attn_mask": mask, "scale": self._scale, "enable_gqa": True}
+            outputs.append(F.scaled_dot_product_attention(q, k[:, :, :seen], v[:, :, :seen], **options).transpose(1, 2))
+        return torch.stack(outputs, dim=1).flatten(0, 2)
+
+    def _of_all_ranks(self, own: Tensor) -> Tensor:
+        """Float[ranks, t, groups, channels]; the gradient of what others used comes back."""
+        return gather_from_sequence_parallel_region(own, group=self._context.group).unflatten(0, (-1, len(own)))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
@@ -103,6 +132,12 @@ class PackedAttention(MegatronModule):
         """Nothing: it has no weights."""
         del prefix, sharded_offsets, metadata
         return {}
+
+
+def _in_order(pieces: Float[Tensor, "ranks sequences 2 piece groups channels"]) -> Tensor:
+    """The pieces as whole sequences, heads before tokens: Float[sequences, groups, tokens, channels]."""
+    first, second = pieces.unbind(2)
+    return torch.cat([first, second.flip(0)]).transpose(0, 1).flatten(1, 2).transpose(1, 2)
 
 
 class RMSNorm(torch.nn.Module):

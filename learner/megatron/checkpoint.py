@@ -1,6 +1,6 @@
 """The whole of a training state as one of Megatron's distributed checkpoints: it can be read by another layout."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from learner.megatron.optimizer import Optimizer
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def save(path: Path, model: MegatronModule, optimizer: Optimizer) -> None:
+def save(path: Path, pieces: Sequence[MegatronModule], optimizer: Optimizer) -> None:
     """Writes a directory, which is made.
 
     Raises:
@@ -35,19 +35,20 @@ def save(path: Path, model: MegatronModule, optimizer: Optimizer) -> None:
     """
     with _one_line(path, "written"):
         path.mkdir(parents=True, exist_ok=True)
-        state = _state(model, optimizer, loading=False)
+        state = _state(pieces, optimizer, loading=False)
         dist_checkpointing.save(state, str(path), _InProcess("torch_dist", 1), content_metadata=dict(_FORMAT))
 
 
-def load(path: Path, model: MegatronModule, optimizer: Optimizer) -> None:
+def load(path: Path, pieces: Sequence[MegatronModule], optimizer: Optimizer) -> None:
     """Sets model, optimizer, schedule and random states to what a directory holds.
 
     Raises:
         RunDirectoryError: It is missing, broken, or of another model.
     """
     with _one_line(path, "read"):
-        state: Any = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
-    model.load_state_dict(state["model"])
+        state: Any = dist_checkpointing.load(_state(pieces, optimizer, loading=True), str(path))
+    for i, piece in enumerate(pieces):
+        piece.load_state_dict(state["model"][f"piece-{i}"])
     optimizer.megatron.load_state_dict(state["optimizer"])
     optimizer.schedule.num_steps = 0  # it adds what it loads
     optimizer.schedule.load_state_dict(state["schedule"])
@@ -68,10 +69,10 @@ class _InProcess(SaveShardedStrategy):
         save_sharded(mcore_to_pyt_state_dict(renamed, False), storage_writer=writer, planner=planner)
 
 
-def _state(model: MegatronModule, optimizer: Optimizer, *, loading: bool) -> dict[str, Any]:
+def _state(pieces: Sequence[MegatronModule], optimizer: Optimizer, *, loading: bool) -> dict[str, Any]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {**_FORMAT, "dp_cp_group": group}
-    weights = model.sharded_state_dict(metadata=metadata)
+    weights = {f"piece-{i}": piece.sharded_state_dict(metadata=metadata) for i, piece in enumerate(pieces)}
     rank, size = dist.get_rank(), dist.get_world_size()
     return {
         "model": weights,

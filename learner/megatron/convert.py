@@ -1,21 +1,27 @@
-"""Weights between Hugging Face names and Megatron's, both ways, bit for bit.
+"""Weights between Hugging Face names and Megatron's, both ways, bit for bit, on any division over ranks.
 
 One table says it all: a Megatron parameter is made of one or several Hugging Face tensors, joined in one of three ways.
 
     alone      the tensor itself
     qkv        for each query group: its query heads, its key head, its value head
     stacked    one above the other (gate and up projection)
+
+Where ranks share a matrix, each of these tensors is cut in equal parts along one dimension, and a rank joins its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from common.errors import ModelError
 from common.shape import ModelShape
+from learner.megatron.model import HiddenStateModel
+from learner.megatron.parallel import Place, Share
 from learner.megatron.weights import WeightFiles
 
 Split = Callable[[Tensor], list[Tensor]]
@@ -29,86 +35,148 @@ class Conversion:
     Attributes:
         megatron: The parameter's name.
         hugging_face: Names of the tensors that it is made of.
-        split: Megatron's parameter as Hugging Face's tensors.
+        split: Megatron's parameter as (this rank's parts of) Hugging Face's tensors.
         join: The reverse.
+        dim: Along which those tensors are cut; None where every rank has them whole.
+        is_expert: Whether it belongs to one expert.
     """
 
     megatron: str
     hugging_face: tuple[str, ...]
     split: Split
     join: Join
+    dim: int | None
+    is_expert: bool = False
+
+    def part(self, place: Place) -> Share:
+        """This rank's part of each tensor."""
+        return place.expert_tensor if self.is_expert else place.tensor
 
 
-def conversions(shape: ModelShape) -> Iterator[Conversion]:
-    """The table of a model, in the order of its layers."""
-    yield _alone("embedding.word_embeddings.weight", "model.embed_tokens.weight")
-    for layer in range(shape.num_hidden_layers):
-        yield from _layer(shape, f"decoder.layers.{layer}", f"model.layers.{layer}")
-    yield _alone("decoder.final_layernorm.weight", "model.norm.weight")
-    if not shape.tie_word_embeddings:
-        yield _alone("output_layer.weight", "lm_head.weight")
-
-
-def import_weights(model: torch.nn.Module, shape: ModelShape, files: WeightFiles) -> None:
-    """Sets every parameter of the model.
+def import_weights(pieces: Sequence[HiddenStateModel], shape: ModelShape, place: Place, files: WeightFiles) -> None:
+    """Sets every parameter of this rank.
 
     Raises:
         ModelError: A tensor is missing or has the wrong shape.
     """
-    parameters = dict(model.named_parameters())
-    for row in conversions(shape):
-        parameter = parameters.pop(row.megatron)
-        tensors = [files.read(name) for name in row.hugging_face]
-        for name, tensor, expected in zip(row.hugging_face, tensors, row.split(parameter.detach()), strict=True):
-            if tensor.shape != expected.shape:
-                raise ModelError(
-                    f"{files.directory}: {name}: found shape {list(tensor.shape)}, expected {list(expected.shape)}"
-                )
-        with torch.no_grad():
-            parameter.copy_(row.join(tensors))
-    assert not parameters, f"parameters without a row in the table: {sorted(parameters)}"
+    for piece in pieces:
+        parameters = dict(piece.named_parameters())
+        for row in conversions(piece, shape, place):
+            _import(parameters.pop(row.megatron), row, row.part(place), files)
+        if "output_layer.weight" in parameters:  # tied, and on another stage than the embedding
+            tied = _alone("output_layer.weight", "model.embed_tokens.weight", dim=0)
+            _import(parameters.pop("output_layer.weight"), tied, place.tensor, files)
+        assert not parameters, f"parameters without a row in the table: {sorted(parameters)}"
 
 
-def export_weights(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each Hugging Face weight; some are views of the parameters, which the next update changes."""
-    parameters = dict(model.named_parameters())
-    for row in conversions(shape):
-        yield from zip(row.hugging_face, row.split(parameters[row.megatron].detach()), strict=True)
+def export_weights(
+    pieces: Sequence[HiddenStateModel],
+    shape: ModelShape,
+    place: Place,
+    value_of: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of each Hugging Face weight that is this rank's to hand out: each is, on exactly one rank.
+
+    All ranks must take all of theirs at the same time: those that share a matrix put it together. Replicas take turns.
+    Some tensors are views of the parameters, which the next update changes.
+
+    Args:
+        pieces: Of the model.
+        shape: Of the model.
+        place: This rank's.
+        value_of: What to hand out for a parameter: itself, or something of its shape.
+    """
+    turn = 0
+    for piece in pieces:
+        parameters = dict(piece.named_parameters())
+        for row in conversions(piece, shape, place):
+            turn += 1
+            replicas = place.expert_replicas if row.is_expert else place.replicas
+            if turn % replicas.size != replicas.rank:
+                continue
+            parts = [_whole(t, row, row.part(place)) for t in row.split(value_of(parameters[row.megatron]))]
+            if row.part(place).rank == 0:
+                yield from zip(row.hugging_face, parts, strict=True)
 
 
-def _layer(shape: ModelShape, megatron: str, hugging_face: str) -> Iterator[Conversion]:
+def conversions(piece: HiddenStateModel, shape: ModelShape, place: Place) -> Iterator[Conversion]:
+    """The table of a piece of the model, in the order of its layers."""
+    if piece.pre_process:
+        yield _alone("embedding.word_embeddings.weight", "model.embed_tokens.weight", dim=0)
+    first = get_transformer_layer_offset(piece.config, piece.vp_stage)
+    for layer in range(len(piece.decoder.layers)):
+        yield from _layer(shape, place, f"decoder.layers.{layer}", f"model.layers.{first + layer}")
+    if piece.post_process:
+        yield _alone("decoder.final_layernorm.weight", "model.norm.weight")
+        if not shape.tie_word_embeddings:
+            yield _alone("output_layer.weight", "lm_head.weight", dim=0)
+
+
+def _import(parameter: torch.nn.Parameter, row: Conversion, part: Share, files: WeightFiles) -> None:
+    num_parts = 1 if row.dim is None else part.size
+    tensors: list[Tensor] = []
+    for name, expected in zip(row.hugging_face, row.split(parameter.detach()), strict=True):
+        whole = list(expected.shape)
+        if row.dim is not None:
+            whole[row.dim] *= num_parts
+        found = files.shape(name)
+        if found != whole:
+            raise ModelError(f"{files.directory}: {name}: found shape {found}, expected {whole}")
+        tensors.append(files.read(name, row.dim or 0, part.rank if num_parts > 1 else 0, num_parts))
+    with torch.no_grad():
+        parameter.copy_(row.join(tensors))
+
+
+def _whole(part: Tensor, row: Conversion, share: Share) -> Tensor:
+    """A tensor that several ranks share, put together."""
+    if row.dim is None or share.size == 1:
+        return part
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(share.size)]
+    dist.all_gather(parts, part.contiguous(), group=share.group)
+    return torch.cat(parts, dim=row.dim)
+
+
+def _layer(shape: ModelShape, place: Place, megatron: str, hugging_face: str) -> Iterator[Conversion]:
     attention, source = f"{megatron}.self_attention", f"{hugging_face}.self_attn"
     yield _alone(f"{megatron}.input_layernorm.weight", f"{hugging_face}.input_layernorm.weight")
     for kind in ("weight", "bias") if shape.has_qkv_bias else ("weight",):
         names = tuple(f"{source}.{part}_proj.{kind}" for part in "qkv")
-        yield _qkv(f"{attention}.linear_qkv.{kind}", names, shape)
+        yield _qkv(f"{attention}.linear_qkv.{kind}", names, shape, place.tensor.size)
     if shape.has_qk_norm:
         yield _alone(f"{attention}.q_layernorm.weight", f"{source}.q_norm.weight")
         yield _alone(f"{attention}.k_layernorm.weight", f"{source}.k_norm.weight")
-    yield _alone(f"{attention}.linear_proj.weight", f"{source}.o_proj.weight")
+    yield _alone(f"{attention}.linear_proj.weight", f"{source}.o_proj.weight", dim=1)
     yield _alone(f"{megatron}.pre_mlp_layernorm.weight", f"{hugging_face}.post_attention_layernorm.weight")
     if not shape.is_moe:
         yield from _gated(f"{megatron}.mlp", f"{hugging_face}.mlp")
         return
     yield _alone(f"{megatron}.mlp.router.weight", f"{hugging_face}.mlp.gate.weight")
-    for expert in range(shape.total_experts):
-        yield from _gated(f"{megatron}.mlp.experts.local_experts.{expert}", f"{hugging_face}.mlp.experts.{expert}")
+    num_own = shape.total_experts // place.expert.size
+    for own in range(num_own):
+        expert = place.expert.rank * num_own + own
+        local = f"{megatron}.mlp.experts.local_experts.{own}"
+        yield from _gated(local, f"{hugging_face}.mlp.experts.{expert}", is_expert=True)
 
 
-def _gated(megatron: str, hugging_face: str) -> Iterator[Conversion]:
+def _gated(megatron: str, hugging_face: str, *, is_expert: bool = False) -> Iterator[Conversion]:
     names = (f"{hugging_face}.gate_proj.weight", f"{hugging_face}.up_proj.weight")
-    yield Conversion(f"{megatron}.linear_fc1.weight", names, lambda fused: list(fused.chunk(2)), torch.cat)
-    yield _alone(f"{megatron}.linear_fc2.weight", f"{hugging_face}.down_proj.weight")
+    yield Conversion(f"{megatron}.linear_fc1.weight", names, _halves, torch.cat, 0, is_expert)
+    yield _alone(f"{megatron}.linear_fc2.weight", f"{hugging_face}.down_proj.weight", dim=1, is_expert=is_expert)
 
 
-def _alone(megatron: str, hugging_face: str) -> Conversion:
-    return Conversion(megatron, (hugging_face,), lambda tensor: [tensor], lambda tensors: tensors[0])
+def _alone(megatron: str, hugging_face: str, *, dim: int | None = None, is_expert: bool = False) -> Conversion:
+    return Conversion(megatron, (hugging_face,), lambda own: [own], lambda parts: parts[0], dim, is_expert)
 
 
-def _qkv(megatron: str, names: tuple[str, ...], shape: ModelShape) -> Conversion:
-    groups, heads = shape.num_key_value_heads, shape.num_attention_heads
-    rows = [heads // groups * shape.channels, shape.channels, shape.channels]
-    return Conversion(megatron, names, partial(_split_qkv, groups=groups, rows=rows), partial(_join_qkv, groups=groups))
+def _halves(fused: Tensor) -> list[Tensor]:
+    return list(fused.chunk(2))
+
+
+def _qkv(megatron: str, names: tuple[str, ...], shape: ModelShape, num_ranks: int) -> Conversion:
+    groups = shape.num_key_value_heads // num_ranks
+    rows = [shape.num_attention_heads // shape.num_key_value_heads * shape.channels, shape.channels, shape.channels]
+    split, join = partial(_split_qkv, groups=groups, rows=rows), partial(_join_qkv, groups=groups)
+    return Conversion(megatron, names, split, join, 0)
 
 
 def _split_qkv(fused: Tensor, *, groups: int, rows: list[int]) -> list[Tensor]:

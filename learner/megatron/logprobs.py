@@ -16,34 +16,6 @@ CHUNK_ELEMENTS = 1 << 24
 MIN_CHUNK_ROWS = 64  # below, matrix products round differently from larger ones
 
 
-def packed_logprobs(
-    hidden: Float[Tensor, "tokens hidden"],
-    weight: Float[Tensor, "vocab hidden"],
-    token_ids: Int[Tensor, " tokens"],
-    starts: Int[Tensor, " sequences"],
-    temperature: float,
-    group: dist.ProcessGroup | None = None,
-) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """Logprob of each token given those before it, and entropy of the distribution that it was drawn from; float32.
-
-    Both are 0 for the first token of each sequence. The logprobs have a gradient, the entropies have none. The values
-    are those of the whole logits `hidden @ weight.T`, bit for bit.
-
-    Args:
-        hidden: Row t is the final hidden state that predicts token t + 1.
-        weight: Of the output layer. With `group`, this rank's rows: rank 0 has the first of the vocabulary.
-        token_ids: The packed tokens.
-        starts: Where the sequences begin; the first entry is 0.
-        temperature: Divides the logits.
-        group: The ranks that share the vocabulary in equal parts. See `linear_logprobs`.
-    """
-    logprobs, entropy = linear_logprobs(hidden[:-1], weight, token_ids[1:], temperature, group)
-    inside = torch.ones(len(token_ids), dtype=torch.bool, device=hidden.device)
-    inside[starts] = False
-    first = logprobs.new_zeros(1)
-    return tuple(torch.cat([first, rows]).where(inside, 0.0) for rows in (logprobs, entropy))  # type: ignore[return-value]
-
-
 def linear_logprobs(
     hidden: Float[Tensor, "rows hidden"],
     weight: Float[Tensor, "vocab hidden"],
@@ -53,7 +25,8 @@ def linear_logprobs(
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
     """Logprob of each row's target and entropy of its distribution; float32. The logprobs have a gradient.
 
-    Peak memory beside inputs and gradients is a few chunks of at least 64 rows of logits, however many rows there are.
+    The values are those of the whole logits `hidden @ weight.T`, bit for bit where one rank has the vocabulary. Peak
+    memory beside inputs and gradients is a few chunks of at least 64 rows of logits, however many rows there are.
 
     Args:
         hidden: Final hidden states. With `group`, the same on each of its ranks.

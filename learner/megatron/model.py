@@ -1,4 +1,4 @@
-"""Megatron's GPTModel, built from a Hugging Face directory."""
+"""Megatron's GPTModel, built from a Hugging Face directory: this rank's part of it."""
 
 from typing import Any
 
@@ -7,50 +7,68 @@ import torch.nn.functional as F  # noqa: N812
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from common.sections import ParallelConfig
 from common.shape import ModelShape
 from learner.megatron.attention import PackedAttention, RMSNorm
 
 
 class HiddenStateModel(GPTModel):
-    """A GPTModel that ends at its last hidden states: whole logits are never made (`learner.megatron.logprobs`)."""
+    """A GPTModel that ends at its last hidden states: whole logits are never made (`learner.megatron.logprobs`).
+
+    With pipeline parallelism it is one piece of the layers.
+    """
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """Of the output layer, Float[vocab, hidden]; the embedding's where the two are tied."""
+        """This rank's rows of the output layer, Float[vocab / tensor, hidden]; the embedding's where they are tied."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         assert weight is not None
         return weight
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """What `forward` returns: Float[tokens, 1, hidden]."""
-        return hidden_states
+        """What `forward` returns: Float[tokens, 1, hidden], on the last stage all of this context rank's tokens."""
+        if not self.post_process or self.config.tensor_model_parallel_size == 1:
+            return hidden_states
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden_states)
+        return copy_to_tensor_model_parallel_region(hidden_states)
 
 
-def build_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> HiddenStateModel:
-    """A model whose weights are not set yet."""
-    config = transformer_config(shape, dtype)
-    layers = get_num_layers_to_build(config)
+def build_model(
+    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device
+) -> list[HiddenStateModel]:
+    """This rank's pieces of the model, in the order of their layers; their weights are not set yet."""
+    config = transformer_config(shape, parallel, dtype)
+    return [
+        _build_piece(shape, config, piece if parallel.virtual_pipeline > 1 else None).to(device=device, dtype=dtype)
+        for piece in range(parallel.virtual_pipeline)
+    ]
+
+
+def _build_piece(shape: ModelShape, config: TransformerConfig, piece: int | None) -> HiddenStateModel:
+    layers = get_num_layers_to_build(config, vp_stage=piece)
     block: Any = TransformerBlockSubmodules
-    model = HiddenStateModel(
+    return HiddenStateModel(
         config=config,
         transformer_layer_spec=block(layer_specs=[_layer_spec(shape)] * layers, layer_norm=RMSNorm),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=piece),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=piece),
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rotary_base,  # type: ignore[arg-type]  # annotated int, used as a number
+        vp_stage=piece,
     )
-    return model.to(device=device, dtype=dtype)
 
 
-def transformer_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's config of the model: no dropout, no fusion that needs a GPU's libraries."""
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
@@ -69,11 +87,10 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConf
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,  # the framework averages nothing: the loss is divided before it comes here
         use_cpu_initialization=not torch.cuda.is_available(),
-        perform_initialization=False,
+        perform_initialization=True,  # else Megatron does not mark the tensors that ranks share, and the norm is wrong
         deterministic_mode=torch.cuda.is_available(),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -81,8 +98,28 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConf
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **_parallel_options(parallel, dtype),
         **(_expert_options(shape) if shape.is_moe else {}),
     )
+
+
+def _parallel_options(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The division; micro-batches differ in length, and pieces of a pipeline must not send in batches."""
+    interleaved = parallel.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+        "pipeline_dtype": dtype,
+        "variable_seq_lengths": True,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "moe_token_dispatcher_type": "alltoall",
+    }
 
 
 def _expert_options(shape: ModelShape) -> dict[str, Any]:
@@ -95,7 +132,6 @@ def _expert_options(shape: ModelShape) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
         "moe_permute_fusion": False,
     }

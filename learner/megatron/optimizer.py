@@ -1,6 +1,7 @@
 """AdamW with warm-up and a schedule, as Megatron's distributed optimizer."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,14 +9,15 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 
 from common.config import Config
 
 
-def wrap_model(model: GPTModel) -> DistributedDataParallel:
-    """The model with its gradients in one float32 buffer, to be reduced once an update."""
+def wrap_model(pieces: Sequence[GPTModel]) -> list[DistributedDataParallel]:
+    """The pieces of a model with their gradients in float32 buffers, to be reduced once an update."""
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    return DistributedDataParallel(model.config, options, model)
+    return [DistributedDataParallel(piece.config, options, piece) for piece in pieces]
 
 
 class Optimizer:
@@ -26,7 +28,7 @@ class Optimizer:
         schedule: Counts updates: warm-up is linear, from the first; the rest is as `optimizer.schedule` says.
     """
 
-    def __init__(self, config: Config, model: DistributedDataParallel, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, pieces: list[DistributedDataParallel], dtype: torch.dtype) -> None:
         """The model's weights must be set: the masters are taken from them."""
         options = config.optimizer
         self.megatron: Any = get_megatron_optimizer(
@@ -43,7 +45,7 @@ class Optimizer:
                 params_dtype=dtype,
                 use_distributed_optimizer=True,
             ),
-            [model],
+            list[MegatronModule](pieces),
         )
         for part in self.megatron.chained_optimizers:  # so that there is a state to save before the first update
             part.init_state_fn(part.optimizer, part.config)

@@ -35,19 +35,33 @@ class WeightFiles:
         else:
             raise ModelError(f"{directory}: found no weights, expected {_SINGLE} or {_INDEX}")
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU.
+    def shape(self, name: str) -> list[int]:
+        """Of one tensor.
 
         Raises:
             ModelError: It is missing, or its file is missing or broken.
         """
+        return list(self._slice(name).get_shape())
+
+    def read(self, name: str, dim: int = 0, part: int = 0, num_parts: int = 1) -> Tensor:
+        """One tensor, or one of equal parts of it along a dimension (0 or 1), on the CPU.
+
+        Raises:
+            ModelError: It is missing, or its file is missing or broken.
+        """
+        whole = self._slice(name)
+        size = whole.get_shape()[dim] // num_parts
+        rows = slice(part * size, (part + 1) * size)
+        return whole[rows] if dim == 0 else whole[:, rows]
+
+    def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise ModelError(
                 f"{self.directory}: found no tensor {name}, expected it beside {len(self._file_of)} others"
             )
         file = self._file_of[name]
         try:
-            return self._open(file).get_tensor(name)
+            return self._open(file).get_slice(name)
         except SafetensorError as error:
             raise ModelError(f"{self.directory / file}: found no readable tensor {name}: {error}") from error
 

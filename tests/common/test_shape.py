@@ -47,7 +47,12 @@ MOE = DENSE | {"architectures": [QWEN3_MOE], "num_experts": 8, "num_experts_per_
             "expert: found 3, expected a divisor of the model's num_experts = 8",
         ),
         (MOE, {"data": 5, "expert_tensor": 5}, "expected a divisor of the model's moe_intermediate_size = 24"),
-        (MOE, {"tensor": 2}, "learner.parallel.sequence: found false with learner.parallel.tensor = 2"),
+        (MOE, {"tensor": 2, "expert": 2}, "learner.parallel.sequence: found false with learner.parallel.tensor = 2"),
+        (
+            MOE,
+            {"tensor": 2, "sequence": True},
+            "learner.parallel.expert_tensor: found 1 with expert = 1",
+        ),
     ],
 )
 def test_a_division_that_leaves_a_rest_is_refused(

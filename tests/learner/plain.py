@@ -6,20 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from learner.batch import MicroBatch
-from learner.trainable import Loss, UpdateResult
+from learner.trainable import BatchShare, Loss, UpdateResult
 
 
 class PlainPolicy:
     """AdamW on a module that maps token ids Int[B, L] to logits Float[B, L, V]; temperature 1."""
 
-    def __init__(self, model: nn.Module, lr: float, clip_norm: float = 1.0) -> None:
+    def __init__(
+        self, model: nn.Module, lr: float, clip_norm: float = 1.0, eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
         self.model = model
+        self.share = BatchShare()
         self._clip_norm = clip_norm
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        rest = [p for p in model.parameters() if p.ndim <= 1]  # norms and biases do not decay
+        decaying = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(decaying, lr=lr, betas=(0.9, 0.95), eps=eps)
 
     @torch.no_grad()
-    def logprobs(self, micro: MicroBatch) -> Tensor:
-        return self._forward(micro)[0]
+    def logprobs(self, micros: Sequence[MicroBatch]) -> list[Tensor]:
+        return [self._forward(micro)[0] for micro in micros]
 
     def update(self, micros: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
         self._optimizer.zero_grad()
@@ -37,7 +43,7 @@ class PlainPolicy:
         rows, columns = micro.sequence_of_token, micro.position_ids
         padded = torch.zeros(len(micro.advantages), int(columns.max()) + 1, dtype=torch.long)
         padded[rows, columns] = micro.token_ids
-        distributions = torch.log_softmax(self.model(padded).float()[:, :-1], -1)
+        distributions = torch.log_softmax(self.model(padded)[:, :-1], -1)
         logprobs = distributions.gather(2, padded[:, 1:, None])[..., 0]
         entropies = -(distributions.exp() * distributions).sum(-1)
         first = logprobs.new_zeros(len(padded), 1)

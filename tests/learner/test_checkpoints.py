@@ -9,6 +9,7 @@ from common.config import Config, DataConfig, LearnerConfig
 from common.errors import RunDirectoryError
 from common.versions import Version
 from learner.checkpoints import Checkpoints
+from learner.ranks import Ranks
 
 
 class Weights:
@@ -44,22 +45,22 @@ def saved(checkpoints: Checkpoints, *numbers: int) -> None:
 
 
 def test_the_newest_few_and_the_best_are_kept_and_the_newest_is_loaded(config: Config, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(config, tmp_path)
+    checkpoints = Checkpoints(config, tmp_path, Ranks())
     saved(checkpoints, 10)
     checkpoints.mark_best(Version(0, 10), 0.7)
     saved(checkpoints, 20, 30, 40)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["best", "step-000010", "step-000030", "step-000040"]
     policy = Weights()
-    assert Checkpoints(config, tmp_path).load_newest(policy) == Version(0, 40)  # type: ignore[arg-type]
+    assert Checkpoints(config, tmp_path, Ranks()).load_newest(policy) == Version(0, 40)  # type: ignore[arg-type]
     assert float(policy.value) == 40
 
 
 def test_a_worse_checkpoint_is_never_the_best_also_after_a_restart(config: Config, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(config, tmp_path)
+    checkpoints = Checkpoints(config, tmp_path, Ranks())
     saved(checkpoints, 1, 2)
     checkpoints.mark_best(Version(0, 1), 0.7)
-    Checkpoints(config, tmp_path).mark_best(Version(0, 2), 0.6)
+    Checkpoints(config, tmp_path, Ranks()).mark_best(Version(0, 2), 0.6)
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step-000001"
     checkpoints.mark_best(Version(0, 2), float("nan"))
     checkpoints.mark_best(Version(0, 9), 0.9)  # has no checkpoint
@@ -74,7 +75,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(config: Config, tmp_
             super().save(path)
             raise OSError(28, "No space left on device")
 
-    checkpoints = Checkpoints(config, tmp_path)
+    checkpoints = Checkpoints(config, tmp_path, Ranks())
     with pytest.raises(RunDirectoryError, match=r"step-000001: cannot be written: No space left on device"):
         checkpoints.save(Full(), Version(0, 1))  # type: ignore[arg-type]
     assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -11,7 +11,7 @@ from common.sections import LossConfig
 from learner.advantage import group_advantages
 from learner.batch import MicroBatch, Sequence, pack
 from learner.gspo import trust_region
-from learner.megatron.logprobs import packed_logprobs
+from learner.megatron.logprobs import linear_logprobs
 
 
 def micro_batch() -> MicroBatch:
@@ -38,6 +38,6 @@ def test_a_micro_batch_has_one_number_of_tokens() -> None:
 
 
 def test_there_is_a_hidden_state_for_each_token() -> None:
-    tokens, starts = torch.zeros(5, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    targets = torch.zeros(5, dtype=torch.long)
     with pytest.raises(jaxtyping.TypeCheckError):
-        packed_logprobs(torch.zeros(4, 8), torch.zeros(9, 8), tokens, starts, 1.0)
+        linear_logprobs(torch.zeros(4, 8), torch.zeros(9, 8), targets, 1.0)

@@ -11,6 +11,7 @@ from common.config import Config
 from common.errors import ModelError
 from learner.export import write_hugging_face
 from learner.megatron.policy import Policy
+from learner.ranks import Ranks
 from tests.learner.megatron import tiny
 
 
@@ -34,9 +35,9 @@ def test_an_exported_policy_is_the_same_policy(kind: str, tmp_path: Path) -> Non
     policy = Policy(tiny.config(tmp_path / "a"))
     micros = tiny.micro_batches([9, 9, 12])
     policy.update(micros, tiny.masked_mean_loss)
-    write_hugging_face(policy.export(), tmp_path / "a", tmp_path / "b", whole_model=True)
-    logprobs = policy.logprobs(micros[0])
-    assert torch.equal(Policy(tiny.config(tmp_path / "b")).logprobs(micros[0]), logprobs)
+    write_hugging_face(policy.export(), tmp_path / "a", tmp_path / "b", Ranks(), whole_model=True)
+    logprobs = policy.logprobs(micros[:1])[0]
+    assert torch.equal(Policy(tiny.config(tmp_path / "b")).logprobs(micros[:1])[0], logprobs)
     reference = tiny.reference_class(kind).from_pretrained(tmp_path / "b")
     with torch.no_grad():
         expected = tiny.reference_logprobs(reference, micros[0], 0.8)
@@ -55,11 +56,11 @@ def test_a_model_in_shards_is_read_like_one_file(tmp_path: Path) -> None:
 def test_a_rotary_base_beside_the_other_keys_is_read_too(tmp_path: Path) -> None:
     tiny.build(tmp_path, "qwen2")
     micro = tiny.micro_batches([30])[0]
-    expected = Policy(tiny.config(tmp_path)).logprobs(micro)
+    expected = Policy(tiny.config(tmp_path)).logprobs([micro])[0]
     _edit(tmp_path, rope_parameters=None, rope_theta=50_000)
-    assert torch.equal(Policy(tiny.config(tmp_path)).logprobs(micro), expected)
+    assert torch.equal(Policy(tiny.config(tmp_path)).logprobs([micro])[0], expected)
     _edit(tmp_path, rope_theta=10_000)
-    assert not torch.equal(Policy(tiny.config(tmp_path)).logprobs(micro), expected)
+    assert not torch.equal(Policy(tiny.config(tmp_path)).logprobs([micro])[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 
 from learner.megatron import logprobs as module
-from learner.megatron.logprobs import even_chunks, linear_logprobs, packed_logprobs
-
-STARTS = torch.tensor([0, 5, 100])
+from learner.megatron.logprobs import even_chunks, linear_logprobs
 
 
 def example(tokens: int, hidden: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -23,12 +21,9 @@ def example(tokens: int, hidden: int, vocab: int) -> tuple[torch.Tensor, torch.T
 def from_whole_logits(
     hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs and entropies in plain torch, 0 where a sequence starts."""
-    distributions = torch.log_softmax((hidden @ weight.t())[:-1] / temperature, dim=-1)
-    logprobs = distributions.gather(1, tokens[1:, None])[:, 0]
-    entropy = torch.special.entr(distributions.exp()).sum(-1)
-    inside = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, STARTS, value=False)
-    return tuple(torch.cat([torch.zeros(1), values]).where(inside, 0.0) for values in (logprobs, entropy))  # type: ignore[return-value]
+    """Logprobs and entropies in plain torch."""
+    distributions = torch.log_softmax((hidden @ weight.t()) / temperature, dim=-1)
+    return distributions.gather(1, tokens[:, None])[:, 0], torch.special.entr(distributions.exp()).sum(-1)
 
 
 @pytest.mark.parametrize("size", [(1000, 64, 501), (333, 128, 4099), (191, 256, 64), (130, 32, 20_011)])
@@ -44,7 +39,7 @@ def test_chunks_give_the_bits_of_whole_logits(
     expected = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
-    logprobs, entropy = packed_logprobs(hidden, weight, tokens, STARTS, temperature)
+    logprobs, entropy = linear_logprobs(hidden, weight, tokens, temperature)
     assert torch.equal(logprobs, whole[0])
     assert torch.equal(entropy, whole[1])
     (logprobs * factors).sum().backward()
@@ -63,39 +58,28 @@ def test_no_chunk_is_small_unless_all_is(num_rows: int, vocab: int) -> None:
 
 
 def test_numbers_written_out() -> None:
-    hidden = torch.tensor([[0.0], [1.0], [9.0]])
+    hidden = torch.tensor([[0.0], [1.0]])
     weight = torch.tensor([[0.0], [1.0986123]])
-    logprobs, entropy = packed_logprobs(hidden, weight, torch.tensor([0, 1, 0]), torch.tensor([0]), 1.0)
-    torch.testing.assert_close(logprobs, torch.tensor([0.0, -0.6931472, -1.3862944]))
-    torch.testing.assert_close(entropy, torch.tensor([0.0, 0.6931472, 0.5623351]))
+    logprobs, entropy = linear_logprobs(hidden, weight, torch.tensor([1, 0]), 1.0)
+    torch.testing.assert_close(logprobs, torch.tensor([-0.6931472, -1.3862944]))
+    torch.testing.assert_close(entropy, torch.tensor([0.6931472, 0.5623351]))
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
     torch.manual_seed(0)
     hidden, weight, tokens = torch.randn(6, 4), torch.randn(5, 4), torch.randint(0, 5, (6,))
-    starts = torch.tensor([0, 3])
     watched = hidden.clone().requires_grad_()
-    packed_logprobs(watched, weight, tokens, starts, 0.7)[0].sum().backward()
+    linear_logprobs(watched, weight, tokens, 0.7)[0].sum().backward()
     assert watched.grad is not None
 
     def total(states: torch.Tensor) -> float:
-        logprobs = torch.log_softmax(states @ weight.double().t() / 0.7, -1)[:-1].gather(1, tokens[1:, None])[:, 0]
-        return float(logprobs[[0, 1, 3, 4]].sum())
+        return float(torch.log_softmax(states @ weight.double().t() / 0.7, -1).gather(1, tokens[:, None]).sum())
 
     for row, column in ((0, 0), (1, 3), (2, 2), (4, 1), (5, 0)):
         step = torch.zeros(6, 4, dtype=torch.float64)
         step[row, column] = 1e-6
         slope = (total(hidden.double() + step) - total(hidden.double() - step)) / 2e-6
         assert float(watched.grad[row, column]) == pytest.approx(slope, abs=1e-5)
-
-
-def test_a_sequence_of_one_token_predicts_nothing() -> None:
-    hidden = torch.randn(1, 4, requires_grad=True)
-    logprobs, _ = packed_logprobs(hidden, torch.randn(6, 4), torch.tensor([3]), torch.tensor([0]), 1.0)
-    logprobs.sum().backward()
-    assert logprobs.tolist() == [0.0]
-    assert hidden.grad is not None
-    assert not hidden.grad.any()
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:

@@ -21,19 +21,19 @@ def test_logprobs_equal_those_of_transformers(kind: str, tmp_path: Path) -> None
     micro = tiny.micro_batches(LENGTHS)[0]
     with torch.no_grad():
         expected = tiny.reference_logprobs(reference, micro, TEMPERATURE)
-    torch.testing.assert_close(policy.logprobs(micro), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(policy.logprobs([micro])[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_an_update_sees_the_very_logprobs_that_a_forward_pass_gives(kind: str, tmp_path: Path) -> None:
     policy, _ = _both(kind, tmp_path)
     micros = tiny.micro_batches(LENGTHS, max_tokens=40)
-    before = [policy.logprobs(micro) for micro in micros]
+    before = policy.logprobs(micros)
     seen: list[torch.Tensor] = []
     policy.update(micros, _keeping(seen))
     assert len(seen) == len(micros) > 1
     assert all(torch.equal(a, b) for a, b in zip(before, seen, strict=True))
-    assert not torch.equal(policy.logprobs(micros[0]), before[0])
+    assert not torch.equal(policy.logprobs(micros[:1])[0], before[0])
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -47,18 +47,18 @@ def test_gradients_equal_those_of_transformers(kind: str, tmp_path: Path) -> Non
     norm = float(torch.stack([grad.square().sum() for grad in expected.values()]).sum().sqrt())
     result = policy.update(micros, tiny.masked_mean_loss)
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
-    for name, grad in _gradients(policy).items():
-        wanted = _per_expert(expected, name)
+    for name, grad in tiny.gradients(policy).items():
+        wanted = tiny.of_saved(expected, name)
         assert float((grad - wanted).norm()) <= 1e-5 * max(float(wanted.norm()), 1e-2 * norm), name
 
 
 def test_accumulation_is_a_plain_sum(tmp_path: Path) -> None:
     policy, _ = _both("qwen3", tmp_path, **UNCLIPPED)
     policy.update(tiny.micro_batches(LENGTHS, max_tokens=40), tiny.masked_mean_loss)
-    apart = _gradients(policy)
+    apart = tiny.gradients(policy)
     policy, _ = _both("qwen3", tmp_path, **UNCLIPPED)
     policy.update(tiny.micro_batches(LENGTHS), tiny.masked_mean_loss)
-    for name, grad in _gradients(policy).items():
+    for name, grad in tiny.gradients(policy).items():
         torch.testing.assert_close(apart[name], grad, rtol=1e-4, atol=1e-5)
 
 
@@ -68,7 +68,7 @@ def test_packed_sequences_do_not_see_each_other(kind: str, tmp_path: Path) -> No
     micro = tiny.micro_batches(LENGTHS)[0]
     policy._temperature = 1.0
     alone = torch.cat([policy.sequence_logprobs(tokens) for tokens in tiny.sequences_of(micro)])
-    torch.testing.assert_close(policy.logprobs(micro), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(policy.logprobs([micro])[0], alone, rtol=0, atol=1e-5)
 
 
 def test_a_sequence_is_judged_at_temperature_one(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_bfloat16_parameters_have_float32_masters(tmp_path: Path) -> None:
     before = [master.detach().clone() for master in masters]
     micros = tiny.micro_batches(LENGTHS)
     seen: list[torch.Tensor] = []
-    logprobs = policy.logprobs(micros[0])
+    logprobs = policy.logprobs(micros[:1])[0]
     policy.update(micros, _keeping(seen))
     assert torch.equal(seen[0], logprobs)
     assert logprobs.dtype is torch.float32
@@ -220,28 +220,10 @@ def _keeping(seen: list[torch.Tensor]) -> Any:
     return loss
 
 
-def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    """The gradients that the last update summed, under Hugging Face names."""
-    from learner.megatron.convert import conversions
-
-    main = {name: parameter.main_grad for name, parameter in policy._module.named_parameters()}
-    gradients = {}
-    for row in conversions(policy._shape):
-        gradients |= dict(zip(row.hugging_face, row.split(main[row.megatron].clone()), strict=True))
-    return gradients
-
-
 def _grad(parameter: torch.nn.Parameter) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def _per_expert(gradients: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The gradient of a saved tensor; transformers keeps the experts of a layer in one."""
-    if ".experts." not in name:
-        return gradients[name]
-    layer, rest = name.split(".experts.")
-    expert, projection, _ = rest.split(".")
-    if projection == "down_proj":
-        return gradients[f"{layer}.experts.down_proj"][int(expert)]
-    gate, up = gradients[f"{layer}.experts.gate_up_proj"][int(expert)].chunk(2)
-    return gate if projection == "gate_proj" else up
+def test_a_sequence_of_one_token_predicts_nothing(tmp_path: Path) -> None:
+    policy, _ = _both("qwen3", tmp_path)
+    assert policy.sequence_logprobs(torch.tensor([3], dtype=torch.int32)).tolist() == [0.0]

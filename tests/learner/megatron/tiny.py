@@ -120,3 +120,40 @@ def masked_mean_loss(micro: MicroBatch, logprobs: torch.Tensor, entropy: torch.T
     sums = torch.zeros(num).index_add(0, micro.sequence_of_token[mask], logprobs[mask])
     counts = torch.zeros(num).index_add(0, micro.sequence_of_token[mask], torch.ones(int(mask.sum())))
     return -(micro.advantages * sums / counts).sum()
+
+
+def gradients(policy: Any) -> dict[str, torch.Tensor]:
+    """The gradients that the last update summed, those that this rank hands out, under Hugging Face names."""
+    from learner.megatron.convert import export_weights
+
+    for wrapped in policy._wrapped:
+        for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
+            _gather_replicas(buffer)
+    return {
+        name: tensor.clone()
+        for name, tensor in export_weights(policy._pieces, policy._shape, policy._place, lambda p: p.main_grad)
+    }
+
+
+def of_saved(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The one of a saved tensor; transformers keeps the experts of a layer in one."""
+    if ".experts." not in name:
+        return tensors[name]
+    layer, rest = name.split(".experts.")
+    expert, projection, _ = rest.split(".")
+    if projection == "down_proj":
+        return tensors[f"{layer}.experts.down_proj"][int(expert)]
+    gate, up = tensors[f"{layer}.experts.gate_up_proj"][int(expert)].chunk(2)
+    return gate if projection == "gate_proj" else up
+
+
+def _gather_replicas(buffer: Any) -> None:
+    """The distributed optimizer leaves each replica its part of the sums."""
+    import torch.distributed as dist
+
+    group = buffer.data_parallel_group
+    for bucket in buffer.buckets:
+        own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+        parts = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(parts, own, group=group)
+        bucket.grad_data.copy_(torch.cat(parts))

@@ -1,0 +1,114 @@
+"""Which of a micro-batch's tokens this rank works on, and the way back from what it found for them.
+
+With context parallelism each sequence is cut into 2·C pieces, and rank r of C has pieces r and 2·C - 1 - r: causal
+attention costs all ranks the same then. The lengths are padded for that, and the last one further, so that the ranks
+that share tokens between matrices have as many each.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from learner.megatron.attention import PackedRuns, packed_runs
+from learner.megatron.parallel import Place, Share
+
+
+class PackedTokens(Protocol):
+    """Sequences packed head to tail: `learner.batch.MicroBatch`, or less.
+
+    Attributes:
+        token_ids: Int[T].
+        sequence_starts: Int[S+1], where each begins, and T.
+    """
+
+    @property
+    def token_ids(self) -> Tensor: ...
+    @property
+    def sequence_starts(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One rank's tokens of a micro-batch; t of them, T in the micro-batch.
+
+    Attributes:
+        token_ids: Int[t].
+        position_ids: Int[t].
+        targets: Int[t], the token after each; 0 where it is of no interest.
+        packed: The padded sequences of the whole micro-batch, as attention sees them.
+        micro_index: Int[t], which token of the micro-batch each is; for padding, the last before it.
+    """
+
+    token_ids: Int[Tensor, " t"]
+    position_ids: Int[Tensor, " t"]
+    targets: Int[Tensor, " t"]
+    packed: PackedRuns
+    micro_index: Int[Tensor, " t"]
+    _found_at: Int[Tensor, " tokens"]
+    _is_first: Tensor
+    _context: Share
+
+    def of_the_batch(self, found: Float[Tensor, " t"]) -> Float[Tensor, " tokens"]:
+        """What all ranks found for the targets, in the order of the micro-batch; 0 for the first of each sequence.
+
+        The gradient is each rank's own part: it must be the same on all ranks that share the sequences.
+        """
+        if self._context.size > 1:
+            found = gather_from_sequence_parallel_region(
+                found, tensor_parallel_output_grad=False, group=self._context.group
+            )
+        return found[self._found_at].masked_fill(self._is_first, 0.0)
+
+
+def shard_tokens(batch: PackedTokens, place: Place, device: torch.device) -> Tokens:
+    """This rank's tokens of a batch, on the compute device."""
+    token_ids, starts = batch.token_ids, batch.sequence_starts.long()
+    context = place.context
+    lengths = starts.diff()
+    padded = _padded(lengths, 2 * context.size if context.size > 1 else 1, place.tensor.size if place.sequence else 1)
+    padded_starts = torch.cat([padded.new_zeros(1), padded.cumsum(0)])
+    owner = torch.arange(len(lengths)).repeat_interleave(padded)
+    position = torch.arange(int(padded_starts[-1])) - padded_starts[owner]
+    index = starts[owner] + position.clamp(max=lengths[owner] - 1)
+    is_last = position >= lengths[owner] - 1
+    targets = token_ids[(index + 1).clamp(max=len(token_ids) - 1)].masked_fill(is_last, 0)
+    mine = _piece(padded, padded_starts, context.rank, context.size)
+    order = torch.cat([_piece(padded, padded_starts, rank, context.size) for rank in range(context.size)])
+    place_of = torch.empty_like(order)
+    place_of[order] = torch.arange(len(order))
+    own = torch.arange(len(lengths)).repeat_interleave(lengths)
+    at = torch.arange(len(token_ids)) - starts[own]
+    before = padded_starts[own] + (at - 1).clamp(min=0)
+    return Tokens(
+        token_ids=token_ids[index[mine]].long().to(device),
+        position_ids=position[mine].to(device),
+        targets=targets[mine].long().to(device),
+        packed=packed_runs(padded_starts.int(), device),
+        micro_index=index[mine],
+        _found_at=place_of[before].to(device),
+        _is_first=(at == 0).to(device),
+        _context=context,
+    )
+
+
+def _padded(lengths: Tensor, multiple: int, num_token_ranks: int) -> Tensor:
+    """Lengths that are multiples, and whose sum is one of `multiple` times the ranks that share tokens."""
+    padded = (lengths + multiple - 1) // multiple * multiple
+    step = multiple * num_token_ranks
+    padded[-1] += -int(padded.sum()) % step
+    return padded
+
+
+def _piece(padded: Tensor, starts: Tensor, rank: int, size: int) -> Tensor:
+    """Where a context rank's tokens are among the padded ones, in its order."""
+    if size == 1:
+        return torch.arange(int(starts[-1]))
+    half = padded // (2 * size)
+    counts = torch.stack([half, half], dim=1).flatten()
+    firsts = torch.stack([starts[:-1] + rank * half, starts[:-1] + (2 * size - 1 - rank) * half], dim=1).flatten()
+    ends = counts.cumsum(0)
+    return torch.arange(int(ends[-1])) + (firsts - (ends - counts)).repeat_interleave(counts)
