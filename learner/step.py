@@ -20,6 +20,7 @@ from learner.batch import (
     split_long,
 )
 from learner.gspo import gspo_loss, proximal
+from learner.kl import kl_loss
 from learner.measures import Measures, add_up, measure, summarize
 from learner.trainable import Trainable, UpdateResult
 
@@ -50,10 +51,15 @@ class _Step:
         self._policy, self._config, self._updates = policy, config, updates
         self._results: list[UpdateResult] = []
         self._measured: list[Measures] = []
+        self._reference: dict[int, Tensor] = {}
         self._num_empty = 0
 
     def run(self) -> None:
-        """Makes the updates; the proximal logprobs of all but the first are taken before it."""
+        """Makes the updates; the proximal logprobs of all but the first, and the reference's, are taken before it."""
+        if self._config.loss.kl_coefficient > 0:
+            every = [micro for micros in self._updates for micro in micros]
+            found = self._policy.reference_logprobs(every)
+            self._reference = {id(micro): logprobs for micro, logprobs in zip(every, found, strict=True)}
         at_start: list[list[Tensor | None]] = [[None] * len(micros) for micros in self._updates]
         if self._config.loss.proximal == "recompute":
             at_start[1:] = [[self._policy.logprobs(micro) for micro in micros] for micros in self._updates[1:]]
@@ -70,22 +76,35 @@ class _Step:
         def loss(micro: MicroBatch, learner: Float[Tensor, " tokens"], entropy: Float[Tensor, " tokens"]) -> Tensor:
             centre = proximal(micro, learner, at_start[id(micro)], self._config.loss)
             value, stats = gspo_loss(micro, learner, centre, num_completions, self._config.loss)
-            total = float(value.detach()) * num_completions
-            self._measured.append(measure(micro, stats, total, learner.detach(), entropy))
+            kl = self._kl(micro, learner, num_completions)
+            if kl is not None:
+                value = value + self._config.loss.kl_coefficient * kl
+            total, divergence = _total(value, num_completions), _total(kl, num_completions)
+            self._measured.append(measure(micro, stats, total, divergence, learner.detach(), entropy))
             return value
 
         self._results.append(self._policy.update(micros, loss))
+
+    def _kl(self, micro: MicroBatch, learner: Tensor, num_completions: int) -> Tensor | None:
+        """The micro-batch's share of the divergence from the reference; None where there is none."""
+        reference = self._reference.get(id(micro))
+        return None if reference is None else kl_loss(micro, learner, reference, num_completions)
 
     def metrics(self) -> dict[str, float]:
         """The step's numbers, over all of its updates; NaN where nothing was trained."""
         skipped = self._num_empty + sum(result.skipped for result in self._results)
         norms = [result.grad_norm for result in self._results]
         return {
-            **summarize(add_up(self._measured), self._config.sampling.max_tokens),
+            **summarize(add_up(self._measured), self._config.sampling.max_tokens, self._config.loss.kl_coefficient),
             "skipped_updates": float(skipped),
             "grad_norm": float(np.mean(norms)) if norms else float("nan"),
             "lr": self._results[-1].lr if self._results else float("nan"),
         }
+
+
+def _total(share: Tensor | None, num_completions: int) -> float:
+    """The sum over completions of which a micro-batch's share is the N-th part; NaN where there is none."""
+    return float("nan") if share is None else float(share.detach()) * num_completions
 
 
 class SkipLimit:

@@ -34,6 +34,10 @@ class Trainable(Protocol):
         """Logprobs of the tokens, without gradient."""
         ...
 
+    def reference_logprobs(self, micros: Sequence[MicroBatch]) -> list[Float[Tensor, " tokens"]]:
+        """Logprobs of the tokens of each micro-batch under the frozen reference, where there is one."""
+        ...
+
     def update(self, micros: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
         """One optimizer update on the sum of the losses."""
         ...

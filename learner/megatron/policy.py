@@ -20,6 +20,7 @@ from learner.megatron.convert import export_weights, import_weights
 from learner.megatron.logprobs import packed_logprobs
 from learner.megatron.model import build_model
 from learner.megatron.optimizer import Optimizer, wrap_model
+from learner.megatron.reference import keep_reference
 from learner.megatron.substitutes import substitute_transformer_engine
 from learner.megatron.weights import WeightFiles
 from learner.trainable import Loss, UpdateResult
@@ -50,6 +51,7 @@ class Policy:
         self._module = model
         self._model = wrap_model(model)
         self._optimizer = Optimizer(config, self._model, dtype)
+        self._reference = keep_reference(config, model.parameters())
         model.config.finalize_model_grads_func = _reduce_gradients
         model.config.no_sync_func = self._model.no_sync
         self.vocab_size = self._shape.vocab_size
@@ -61,6 +63,15 @@ class Policy:
         Bit for bit what `update` gives its loss for the same micro-batch before it changes the weights.
         """
         return self._forward(micro.token_ids, micro.position_ids, micro.sequence_starts, self._temperature)[0].cpu()
+
+    def reference_logprobs(self, micros: Sequence[MicroBatch]) -> list[Float[Tensor, " tokens"]]:
+        """What `logprobs` gives for each micro-batch under the weights of `config.model`, whatever was learned since.
+
+        The configuration must ask for a reference: `loss.kl_coefficient` above 0.
+        """
+        assert self._reference is not None
+        with self._reference.in_place():
+            return [self.logprobs(micro) for micro in micros]
 
     @torch.no_grad()
     def sequence_logprobs(self, token_ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:

@@ -1,6 +1,7 @@
 """A policy in plain PyTorch: `learner.trainable.Trainable` around any causal model."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,22 @@ class PlainPolicy:
 
     def __init__(self, model: nn.Module, lr: float, clip_norm: float = 1.0) -> None:
         self.model = model
+        self._reference = deepcopy(model)
         self._clip_norm = clip_norm
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     @torch.no_grad()
     def logprobs(self, micro: MicroBatch) -> Tensor:
-        return self._forward(micro)[0]
+        return self._forward(self.model, micro)[0]
+
+    @torch.no_grad()
+    def reference_logprobs(self, micros: Sequence[MicroBatch]) -> list[Tensor]:
+        return [self._forward(self._reference, micro)[0] for micro in micros]
 
     def update(self, micros: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
         self._optimizer.zero_grad()
         for micro in micros:
-            logprobs, entropy = self._forward(micro)
+            logprobs, entropy = self._forward(self.model, micro)
             loss(micro, logprobs, entropy.detach()).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         finite = bool(norm.isfinite())
@@ -32,12 +38,12 @@ class PlainPolicy:
             self._optimizer.step()
         return UpdateResult(grad_norm=float(norm), skipped=not finite, lr=self._optimizer.param_groups[0]["lr"])
 
-    def _forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies of packed tokens: the sequences side by side, padded behind."""
         rows, columns = micro.sequence_of_token, micro.position_ids
         padded = torch.zeros(len(micro.advantages), int(columns.max()) + 1, dtype=torch.long)
         padded[rows, columns] = micro.token_ids
-        distributions = torch.log_softmax(self.model(padded).float()[:, :-1], -1)
+        distributions = torch.log_softmax(model(padded).float()[:, :-1], -1)
         logprobs = distributions.gather(2, padded[:, 1:, None])[..., 0]
         entropies = -(distributions.exp() * distributions).sum(-1)
         first = logprobs.new_zeros(len(padded), 1)
