@@ -68,7 +68,6 @@ VARIANTS = (
     Variant("staleness clip", 16),
     Variant("no staleness clip", 16),
     Variant("generator alone", 48),
-    Variant("generator alone", 0),
     Variant("generator alone", 16),
     Variant("positives only", 48),
 )

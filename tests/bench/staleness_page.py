@@ -12,10 +12,13 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 LAST = 10  # the final accuracy is the mean of so many steps' at the end
-_COLORS = {"staleness clip": "#2f6fb5", "no staleness clip": "#d9722e", "generator alone": "#8a8f98"}
-_OTHER = "#3a9364"
+_COLORS = {
+    "staleness clip": "#2f6fb5",
+    "no staleness clip": "#d9722e",
+    "generator alone": "#8a8f98",
+    "positives only": "#3a9364",
+}
 _DASHES = {0: "-", 16: "--", 48: "-"}
-_PALE = {0: 0.45, 16: 0.8, 48: 1.0}
 _STALENESS = (0, 16, 48)
 _LABELS = {
     "staleness clip": "weight and staleness clip, δ = 0.1",
@@ -40,11 +43,12 @@ starting weights. Final accuracy: the share of held-out additions that a sampled
 
 ![Accuracy against step](staleness.png)
 
-- At staleness 0 the staleness clip has no effect: one cell stands for both.
+- At staleness 0 the three are one algorithm here: the staleness clip has no effect, and what sampled the groups is what
+  the step starts from. One cell stands for them. Sampler and learner are PyTorch in one process; engine mismatch is no
+  part of the study.
 - *Ratio against the generator alone* is `loss.proximal = "generator"`. *Positives only* drops every stale completion
   that was wrong.
 - With the staleness clip, 48 versions stale ends {with_clip}; without it, {without_clip}.
-- Sampler and learner are PyTorch in one process here: engine mismatch is no part of it.
 - It is one small task at one learning rate. The scale of δ on long answers is not measured.
 """
 
@@ -85,7 +89,7 @@ def _table(finals: dict[tuple[str, int], dict[int, float]]) -> str:
     lines = ["| loss | " + " | ".join(f"staleness {d}" for d in _STALENESS) + " |", "|---|---|---|---|"]
     for name in dict.fromkeys(name for name, _ in finals):
         cells = [_cell(finals.get((name, d), {})) for d in _STALENESS]
-        if name == "no staleness clip":
+        if name in ("no staleness clip", "generator alone"):
             cells[0] = "the same"
         lines.append(f"| {_LABELS[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -113,9 +117,8 @@ def _draw(path: Path, rows: Rows) -> None:
             np.arange(1, curves.shape[1] + 1),
             _smooth(curves.mean(0)),
             label=_label(name, staleness),
-            color="black" if (name, staleness) == ("staleness clip", 0) else _COLORS.get(name, _OTHER),
+            color=_COLORS[name] if staleness else "black",
             linestyle=_DASHES[staleness],
-            alpha=_PALE[staleness] if name != "staleness clip" else 1.0,
             linewidth=1.8,
         )
     panel.set(xlabel="step", ylabel="sampled held-out accuracy", ylim=(0, 1))
@@ -128,9 +131,7 @@ def _draw(path: Path, rows: Rows) -> None:
 
 
 def _label(name: str, staleness: int) -> str:
-    if (name, staleness) == ("staleness clip", 0):
-        return "synchronous"
-    return f"{name}, {'synchronous' if staleness == 0 else f'{staleness} stale'}"
+    return f"{name}, {staleness} stale" if staleness else "synchronous"
 
 
 _WINDOW = 5
