@@ -1,5 +1,6 @@
 """Combinations of keys that contradict each other, or in which one has no effect: each with its one-line message."""
 
+import math
 from typing import TYPE_CHECKING
 
 from common.sections import LossConfig, OptimizerConfig, ParallelConfig, SamplingConfig
@@ -20,6 +21,7 @@ def contradictions(config: "Config") -> Contradictions:
         *_of_evaluation(config),
         *_of_lengths(config),
         *_of_clips(config),
+        *_of_the_reference(config),
         *_of_rates(config),
         *_of_ranks(config.learner.parallel),
     ]
@@ -137,6 +139,21 @@ def _of_clips(config: "Config") -> Contradictions:
         (
             loss.narrowing == 0 and loss.narrowing_floor != _LOSS.narrowing_floor,
             f"loss.narrowing_floor: found {loss.narrowing_floor:g} with loss.narrowing = 0, where it has no effect",
+        ),
+    ]
+
+
+def _of_the_reference(config: "Config") -> Contradictions:
+    coefficient = config.loss.kl_coefficient
+    return [
+        (
+            math.isinf(coefficient),
+            "loss.kl_coefficient: found inf, expected a finite number: the divergence begins at 0",
+        ),
+        (
+            coefficient > 0 and config.steps * config.updates_per_step == 1,
+            f"loss.kl_coefficient: found {coefficient:g} with steps = 1 and updates_per_step = 1, where it has no "
+            "effect: the first update starts at the reference",
         ),
     ]
 

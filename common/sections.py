@@ -149,6 +149,7 @@ class LossConfig(Section):
         overlong_factor: By how much it falls in all.
         truncated: Completions cut by the length limit are wrong and trained, or masked.
         filter_uniform: Whether groups whose correctness rewards are all equal are filtered out.
+        kl_coefficient: Of the divergence from `model`, the frozen reference; 0 loads none.
         shuffle_rewards: A control experiment: each group's rewards are permuted, so that nothing can be learned.
     """
 
@@ -164,6 +165,7 @@ class LossConfig(Section):
     overlong_factor: Positive = 1.0
     truncated: Literal["train", "mask"] = "train"
     filter_uniform: bool = True
+    kl_coefficient: NonNegative = 0.0
     shuffle_rewards: bool = False
 
 

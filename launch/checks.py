@@ -12,10 +12,9 @@ import msgspec
 from common.architectures import check_architecture, read_object
 from common.config import Config
 from common.errors import DataError, ModelError, RunDirectoryError
+from common.parameters import ITEM_BYTES
 from common.sections import DataFile
 from common.shape import check_division, read_shape
-
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def resolve_paths(config: Config, base: Path) -> Config:
@@ -94,7 +93,7 @@ def check_space(config: Config, num_parameters: int) -> None:
     directory = Path(config.weights.dir)
     if not directory.is_dir():
         raise RunDirectoryError(f"weights.dir: {directory}: not found, expected a memory-backed directory")
-    needed = (config.weights.keep + 1) * num_parameters * _ITEM_BYTES[config.learner.dtype]
+    needed = (config.weights.keep + 1) * num_parameters * ITEM_BYTES[config.learner.dtype]
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise RunDirectoryError(

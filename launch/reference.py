@@ -51,7 +51,7 @@ start. A layout or override is named as it was written:
   `data.max_prompt_tokens + sampling.max_tokens`; `sampling.temperature` 0, which makes every group uniform.
 - Keys without effect beside others (`common/config.py`): several evaluation samples at temperature 0; `loss.proximal`
   other than `recompute` with one update a step and `max_staleness` 0; `loss.weight_cap` with `loss.proximal`
-  `generator`; `loss.narrowing_floor` without `loss.narrowing`.
+  `generator`; `loss.narrowing_floor` without `loss.narrowing`; `loss.kl_coefficient` where the run has one update.
 - What is missing, broken or taken (`launch/checks.py`, `launch/run_directory.py`): files of prompts; a model directory
   without config, fast tokenizer or whole weights, or of another architecture than the supported ones; `weights.dir`
   without room for `weights.keep` + 1 versions; `run.host` and `run.ledger_port` that cannot be bound; a run directory

@@ -61,8 +61,9 @@ def gspo_loss(
     Returns:
         The sum over this micro-batch's unmasked completions, divided by N (float64), and what it did.
     """
-    log_ratio = _response_mean(learner_logprobs, proximal_logprobs, micro)
-    log_staleness_ratio = _response_mean(proximal_logprobs, micro.generator_logprobs, micro).detach()
+    log_ratio = response_mean(response_difference(learner_logprobs, proximal_logprobs, micro), micro)
+    since_sampled = response_difference(proximal_logprobs, micro.generator_logprobs, micro).detach()
+    log_staleness_ratio = response_mean(since_sampled, micro)
     advantages = micro.advantages.double()
     weight, staleness_clipped = staleness_weight(log_staleness_ratio, advantages, micro.staleness, config)
     low, high = trust_region(micro.staleness, config)
@@ -130,13 +131,17 @@ def trust_region(
     return 1.0 - config.clip_low * h, 1.0 + config.clip_high * h
 
 
-def _response_mean(
+def response_difference(
     ahead: Float[Tensor, " tokens"], behind: Float[Tensor, " tokens"], micro: MicroBatch
-) -> Float[Tensor, " sequences"]:
-    """Mean over each completion's response tokens of `ahead - behind`, in float64; NaN elsewhere does not get in."""
+) -> Float[Tensor, " tokens"]:
+    """`ahead - behind` in float64, 0 outside the response; NaN there does not get in."""
     mask = micro.response_mask
-    difference = torch.where(mask, ahead, 0.0).double() - torch.where(mask, behind, 0.0).double()
+    return torch.where(mask, ahead, 0.0).double() - torch.where(mask, behind, 0.0).double()
+
+
+def response_mean(values: Float[Tensor, " tokens"], micro: MicroBatch) -> Float[Tensor, " sequences"]:
+    """Mean over each completion's response tokens of values that are 0 elsewhere."""
     lengths = micro.sequence_starts.diff().long()
-    sums = torch.segment_reduce(difference, "sum", lengths=lengths, unsafe=True)
-    counts = torch.segment_reduce(mask.double(), "sum", lengths=lengths, unsafe=True)
+    sums = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+    counts = torch.segment_reduce(micro.response_mask.double(), "sum", lengths=lengths, unsafe=True)
     return sums / counts.clamp(min=1)

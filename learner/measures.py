@@ -18,7 +18,7 @@ STALENESS_EDGES = (1, 2, 4, 8, 16)
 STALENESS_BUCKETS = ("0", "1", "2_3", "4_7", "8_15", "16_up")
 LENGTH_BUCKETS = ("q1", "q2", "q3", "q4")
 _COLUMNS = ("length", "staleness", "log_ratio", "log_staleness_ratio", "weight", "low", "high", "staleness_clipped")
-_TOTALS = ("loss", "tokens", "response_tokens", "entropy", "difference", "k3")
+_TOTALS = ("loss", "kl", "tokens", "response_tokens", "entropy", "difference", "k3")
 _SMALLEST, _LARGEST, _NUM_BINS = -8.0, 2.0, 2048  # decades of a logprob difference; a bin is 1.1 % wide
 
 
@@ -71,6 +71,7 @@ def measure(
     micro: MicroBatch,
     stats: LossStats,
     loss: float,
+    kl: float,
     learner_logprobs: Float[Tensor, " tokens"],
     entropy: Float[Tensor, " tokens"],
 ) -> Measures:
@@ -80,6 +81,7 @@ def measure(
         micro: Its completions; those that the loss does not count are left out.
         stats: What the loss did with them.
         loss: The sum over its completions, not divided by N.
+        kl: The same of their divergences from the reference, NaN where there is none.
         learner_logprobs: Detached.
         entropy: Of each token's distribution.
     """
@@ -93,7 +95,7 @@ def measure(
     tokens = micro.response_mask & counted[micro.sequence_of_token]
     difference = (learner_logprobs.double() - micro.generator_logprobs.double())[tokens]
     totals = (
-        *(loss, float(lengths[counted].sum()), float(tokens.sum()), float(entropy[tokens].double().sum())),
+        *(loss, kl, float(lengths[counted].sum()), float(tokens.sum()), float(entropy[tokens].double().sum())),
         *(float(difference.abs().sum()), float((difference.expm1() - difference).sum())),
     )
     return Measures(
@@ -108,12 +110,13 @@ def add_up(parts: list[Measures]) -> Measures:
     return reduce(Measures.__add__, parts, Measures.none())
 
 
-def summarize(measures: Measures, max_tokens: int) -> dict[str, float]:
+def summarize(measures: Measures, max_tokens: int, kl_coefficient: float) -> dict[str, float]:
     """The metrics of a step; NaN where there is nothing to tell it from.
 
     Args:
         measures: Of all its updates, on all ranks.
         max_tokens: Longest response, whose quarters are the buckets of length.
+        kl_coefficient: Of the divergence from the reference in the loss.
     """
     num, num_tokens = len(measures.completions), measures.total("response_tokens")
     weight, rho = measures.column("weight"), measures.column("log_staleness_ratio").exp()
@@ -123,6 +126,8 @@ def summarize(measures: Measures, max_tokens: int) -> dict[str, float]:
     return {
         "num_tokens": measures.total("tokens"),
         "loss": _ratio(measures.total("loss"), num),
+        "kl": _ratio(measures.total("kl"), num),
+        "kl_loss": kl_coefficient * _ratio(measures.total("kl"), num),
         "clip_fraction_low": _mean(low),
         "clip_fraction_high": _mean(high),
         **{name: _mean(values) for name, values in shares.items()},

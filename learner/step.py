@@ -23,6 +23,7 @@ from learner.batch import (
     split_long,
 )
 from learner.gspo import gspo_loss, proximal
+from learner.kl import kl_loss
 from learner.measures import Measures, add_up, measure, summarize
 from learner.trainable import BatchShare, Trainable, UpdateResult
 
@@ -86,32 +87,44 @@ class _Step:
         self._policy, self._config, self._updates = policy, config, updates
         self._results: list[UpdateResult] = []
         self._measured: list[Measures] = []
+        self._reference: dict[int, Tensor] = {}
         self._num_empty = 0
+        self._at_start: dict[int, Tensor] = {}
 
     def run(self) -> None:
-        """Makes the updates; the proximal logprobs of all but the first are taken before it."""
-        recompute = self._config.loss.proximal == "recompute"
-        at_start = [
-            self._policy.logprobs(update.micros) if recompute and i and update.micros else []
-            for i, update in enumerate(self._updates)
-        ]
-        for update, proximals in zip(self._updates, at_start, strict=True):
+        """Makes the updates; the proximal logprobs of all but the first, and the reference's, are taken before it."""
+        every = [micro for update in self._updates for micro in update.micros]
+        if self._config.loss.kl_coefficient > 0 and every:
+            self._reference = _of_each(every, self._policy.reference_logprobs(every))
+        later = [micro for update in self._updates[1:] for micro in update.micros]
+        if self._config.loss.proximal == "recompute" and later:
+            self._at_start = _of_each(later, self._policy.logprobs(later))
+        for update in self._updates:
             if update.num_completions:
-                self._update(update, {id(m): p for m, p in zip(update.micros, proximals, strict=False)})
+                self._update(update)
             else:
                 self._num_empty += 1
 
-    def _update(self, update: _Update, at_start: dict[int, Tensor]) -> None:
+    def _update(self, update: _Update) -> None:
         num = update.num_completions
 
         def loss(micro: MicroBatch, learner: Float[Tensor, " tokens"], entropy: Float[Tensor, " tokens"]) -> Tensor:
-            centre = proximal(micro, learner, at_start.get(id(micro)), self._config.loss)
+            centre = proximal(micro, learner, self._at_start.get(id(micro)), self._config.loss)
             value, stats = gspo_loss(micro, learner, centre, num, self._config.loss)
+            kl = self._kl(micro, learner, num)
+            if kl is not None:
+                value = value + self._config.loss.kl_coefficient * kl
             if self._policy.share.speaks:
-                self._measured.append(measure(micro, stats, float(value.detach()) * num, learner.detach(), entropy))
+                total, divergence = _total(value, num), _total(kl, num)
+                self._measured.append(measure(micro, stats, total, divergence, learner.detach(), entropy))
             return value
 
         self._results.append(self._policy.update(update.micros, loss))
+
+    def _kl(self, micro: MicroBatch, learner: Tensor, num_completions: int) -> Tensor | None:
+        """The micro-batch's share of the divergence from the reference; None where there is none."""
+        reference = self._reference.get(id(micro))
+        return None if reference is None else kl_loss(micro, learner, reference, num_completions)
 
     def metrics(self, gather: Gather) -> dict[str, float]:
         """The step's numbers, over all of its updates and ranks; NaN where nothing was trained."""
@@ -119,11 +132,21 @@ class _Step:
         skipped = self._num_empty + sum(result.skipped for result in self._results)
         norms = [result.grad_norm for result in self._results]
         return {
-            **summarize(measured, self._config.sampling.max_tokens),
+            **summarize(measured, self._config.sampling.max_tokens, self._config.loss.kl_coefficient),
             "skipped_updates": float(skipped),
             "grad_norm": float(np.mean(norms)) if norms else float("nan"),
             "lr": self._results[-1].lr if self._results else float("nan"),
         }
+
+
+def _total(share: Tensor | None, num_completions: int) -> float:
+    """The sum over completions of which a micro-batch's share is the N-th part; NaN where there is none."""
+    return float("nan") if share is None else float(share.detach()) * num_completions
+
+
+def _of_each(micros: list[MicroBatch], found: list[Tensor]) -> dict[int, Tensor]:
+    """What was found for each micro-batch; nothing on a rank that has no logprobs."""
+    return {id(micro): logprobs for micro, logprobs in zip(micros, found, strict=False)}
 
 
 class SkipLimit:

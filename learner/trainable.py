@@ -56,6 +56,10 @@ class Trainable(Protocol):
         """Logprobs of the tokens, without gradient; empty on a rank that has none."""
         ...
 
+    def reference_logprobs(self, micros: Sequence[MicroBatch]) -> list[Float[Tensor, " tokens"]]:
+        """Logprobs of the tokens of each micro-batch under the frozen reference, where there is one."""
+        ...
+
     def update(self, micros: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
         """One optimizer update on the sum of the losses."""
         ...

@@ -21,6 +21,7 @@ from learner.megatron.logprobs import linear_logprobs
 from learner.megatron.model import build_model
 from learner.megatron.optimizer import Optimizer, wrap_model
 from learner.megatron.parallel import Place
+from learner.megatron.reference import keep_reference
 from learner.megatron.substitutes import substitute_transformer_engine
 from learner.megatron.tokens import PackedTokens, Tokens, shard_tokens
 from learner.megatron.weights import WeightFiles
@@ -61,6 +62,7 @@ class Policy:
         import_weights(self._pieces, self._shape, self._place, files)
         self._wrapped = wrap_model(self._pieces)
         self._optimizer = Optimizer(config, self._wrapped, dtype)
+        self._reference = keep_reference(config, [p for piece in self._pieces for p in piece.parameters()])
         options: Any = self._pieces[0].config
         options.finalize_model_grads_func = _reduce_gradients
         options.no_sync_func = _one_or_all([piece.no_sync for piece in self._wrapped])
@@ -74,6 +76,15 @@ class Policy:
         ranks of other pipeline stages than the last.
         """
         return [logprobs.cpu() for logprobs in self._forward(micros, self._temperature)]
+
+    def reference_logprobs(self, micros: Sequence[MicroBatch]) -> list[Float[Tensor, " tokens"]]:
+        """What `logprobs` gives under the weights of `config.model`, whatever was learned since.
+
+        The configuration must ask for a reference: `loss.kl_coefficient` above 0.
+        """
+        assert self._reference is not None
+        with self._reference.in_place():
+            return self.logprobs(micros)
 
     def sequence_logprobs(self, token_ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
         """Logprob of each token of one sequence at temperature 1, on the CPU; 0 for the first."""

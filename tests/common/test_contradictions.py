@@ -1,5 +1,6 @@
 """Keys that contradict each other, or of which one has no effect, are refused with one line."""
 
+import math
 import re
 from typing import Any
 
@@ -40,6 +41,11 @@ def _ranks(**sizes: int) -> dict[str, Any]:
         ({**FRESH, "loss": {"staleness_clip": 0.2}}, "loss.staleness_clip: found 0.2 with max_staleness = 0"),
         ({**FRESH, "loss": {"narrowing": 0.2}}, "loss.narrowing: found 0.2 with max_staleness = 0"),
         ({"loss": {"narrowing_floor": 0.5}}, "loss.narrowing_floor: found 0.5 with loss.narrowing = 0"),
+        ({"loss": {"kl_coefficient": math.inf}}, "loss.kl_coefficient: found inf, expected a finite number"),
+        (
+            {"steps": 1, "groups_per_step": 1, "updates_per_step": 1, "loss": {"kl_coefficient": 0.1}},
+            "loss.kl_coefficient: found 0.1 with steps = 1 and updates_per_step = 1",
+        ),
         (_ranks(data=2, expert=4), "learner.parallel.expert: found 4 with learner.parallel.expert_tensor = 1"),
         (_ranks(data=4, expert=2, expert_tensor=4), "expected a product that divides data * tensor * context = 4"),
         (_ranks(sequence=True), "learner.parallel.sequence: found true with learner.parallel.tensor = 1"),
@@ -69,6 +75,7 @@ def test_a_contradiction_is_refused(changes: dict[str, Any], message: str) -> No
         {"loss": {"overlong_buffer": 100, "overlong_factor": 0.5, "advantage": "leave_one_out"}},
         {"optimizer": {"schedule": "cosine", "warmup_share": 0.1, "final_lr_share": 0.1}},
         {"loss": {"proximal": "generator"}},
+        {"loss": {"kl_coefficient": 0.1}, "steps": 1},
     ],
 )
 def test_what_has_an_effect_is_accepted(changes: dict[str, Any]) -> None:

@@ -2,14 +2,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from common.config import Config
 from common.layout import load_config
-from common.sections import DataConfig, DataFile, SamplingConfig
+from common.sections import DataConfig, DataFile, LearnerConfig, LossConfig, ParallelConfig, SamplingConfig
+from launch.checks import count_parameters
 from launch.plan import REPOSITORY, derived_numbers, plan_processes
 from launch.resolved import to_toml
 from tests.launch.conftest import Cluster
+from tests.models import write_tiny_model
 
 
 def test_a_dry_run_shows_the_plan_and_starts_nothing(cluster: Cluster, tmp_path: Path) -> None:
@@ -63,6 +66,20 @@ def test_the_numbers_follow_from_the_counts() -> None:
     assert numbers["optimizer updates"] == 15
     assert numbers["staleness budget: groups under way, at most"] == 6
     assert numbers["longest sequences per micro-batch"] == 8192 // 2048
+
+
+def test_the_cost_of_a_reference_is_told_where_one_is_asked_for(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model", "qwen3_moe", tie_word_embeddings=True)
+    config = Config(model=str(tmp_path / "model"), loss=LossConfig(kl_coefficient=0.1))
+    numbers = derived_numbers(config)
+    assert numbers["reference model: sequences of an extra forward pass per step"] == 256
+    size = numbers["reference model: bytes of host memory per rank, at most"]
+    assert size == 4 * count_parameters(tmp_path / "model")
+    learner = LearnerConfig(dtype="bfloat16", parallel=ParallelConfig(data=4, expert=4))
+    shared = derived_numbers(msgspec.structs.replace(config, learner=learner))
+    experts = 2 * 4 * 3 * 64 * 32
+    assert shared["reference model: bytes of host memory per rank, at most"] == size // 2 - 2 * experts * 3 // 4
+    assert not [name for name in derived_numbers(Config(model=config.model)) if "reference" in name]
 
 
 def test_a_stray_common_does_not_win(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A policy in plain PyTorch: `learner.trainable.Trainable` around any causal model."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ class PlainPolicy:
     ) -> None:
         self.model = model
         self.share = BatchShare()
+        self._reference = deepcopy(model)
         self._clip_norm = clip_norm
         matrices = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim <= 1]  # norms and biases do not decay
@@ -25,12 +27,16 @@ class PlainPolicy:
 
     @torch.no_grad()
     def logprobs(self, micros: Sequence[MicroBatch]) -> list[Tensor]:
-        return [self._forward(micro)[0] for micro in micros]
+        return [self._forward(self.model, micro)[0] for micro in micros]
+
+    @torch.no_grad()
+    def reference_logprobs(self, micros: Sequence[MicroBatch]) -> list[Tensor]:
+        return [self._forward(self._reference, micro)[0] for micro in micros]
 
     def update(self, micros: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
         self._optimizer.zero_grad()
         for micro in micros:
-            logprobs, entropy = self._forward(micro)
+            logprobs, entropy = self._forward(self.model, micro)
             loss(micro, logprobs, entropy.detach()).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         finite = bool(norm.isfinite())
@@ -38,12 +44,12 @@ class PlainPolicy:
             self._optimizer.step()
         return UpdateResult(grad_norm=float(norm), skipped=not finite, lr=self._optimizer.param_groups[0]["lr"])
 
-    def _forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies of packed tokens: the sequences side by side, padded behind."""
         rows, columns = micro.sequence_of_token, micro.position_ids
         padded = torch.zeros(len(micro.advantages), int(columns.max()) + 1, dtype=torch.long)
         padded[rows, columns] = micro.token_ids
-        distributions = torch.log_softmax(self.model(padded)[:, :-1], -1)
+        distributions = torch.log_softmax(model(padded)[:, :-1], -1)
         logprobs = distributions.gather(2, padded[:, 1:, None])[..., 0]
         entropies = -(distributions.exp() * distributions).sum(-1)
         first = logprobs.new_zeros(len(padded), 1)

@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,33 @@ def policy(seed: int = 0) -> PlainPolicy:
     torch.manual_seed(seed)
     pairs = nn.Embedding(VOCAB, VOCAB)
     return PlainPolicy(pairs, lr=0.05)
+
+
+def _moved_policy() -> PlainPolicy:
+    """One that has learned since its reference was taken."""
+    moved = policy()
+    with torch.no_grad():
+        moved.model.weight.add_(0.5 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1)))
+    return moved
+
+
+def _divergence(weight: torch.Tensor) -> torch.Tensor:
+    """Mean over the completions of `groups()` of the mean k3 of their tokens, in float64."""
+    learner, reference = (torch.log_softmax(w.double(), -1) for w in (weight, policy().model.weight.detach()))
+    means = []
+    for training in groups():
+        for completion in training.scored.group.completions:
+            tokens = torch.tensor([5, *wire.ints(completion.token_ids).tolist()])
+            x = (reference - learner)[tokens[:-1], tokens[1:]]
+            means.append((x.exp() - 1 - x).mean())
+    return torch.stack(means).mean()
+
+
+def _all_wrong() -> tuple[wire.TrainingGroup, ...]:
+    """The same completions, none of them right: their advantages are 0."""
+    wrong = wire.Grade(outcome=wire.Outcome.WRONG, correct=0.0, reward=0.0)
+    replace = msgspec.structs.replace
+    return tuple(replace(t, scored=replace(t.scored, grades=(wrong,) * 4)) for t in groups())
 
 
 def groups(num: int = 8, *, num_tokens: int | None = None) -> tuple[wire.TrainingGroup, ...]:
@@ -159,11 +187,42 @@ def test_updates_that_are_no_numbers_end_the_run_after_so_many_steps() -> None:
         limit.count(bad)
 
 
+def test_the_divergence_from_the_reference_is_in_the_loss_and_in_the_metrics() -> None:
+    plain = msgspec.structs.replace(CONFIG, updates_per_step=1)
+    config = msgspec.structs.replace(plain, loss=LossConfig(clip_low=3e-3, clip_high=4e-3, kl_coefficient=0.1))
+    charged, free = (train_step(_moved_policy(), groups(), c, Version(0, 2), Lineages()) for c in (config, plain))
+    wanted = float(_divergence(_moved_policy().model.weight.detach()))
+    assert charged["kl"] == pytest.approx(wanted, rel=1e-6)
+    assert charged["kl_loss"] == pytest.approx(0.1 * wanted, rel=1e-6)
+    assert charged["loss"] - free["loss"] == pytest.approx(0.1 * wanted, rel=1e-5)
+    assert math.isnan(free["kl"])
+    assert math.isnan(free["kl_loss"])
+
+
+def test_without_a_reward_to_gain_the_gradient_is_that_of_the_divergence() -> None:
+    config = msgspec.structs.replace(CONFIG, updates_per_step=1, loss=LossConfig(kl_coefficient=0.1))
+    weight = _moved_policy().model.weight.detach().double().requires_grad_()
+    (0.1 * _divergence(weight)).backward()
+    assert weight.grad is not None
+    metrics = train_step(_moved_policy(), _all_wrong(), config, Version(0, 2), Lineages())
+    assert metrics["loss"] == pytest.approx(metrics["kl_loss"], rel=1e-9)
+    assert metrics["grad_norm"] == pytest.approx(float(weight.grad.norm()), rel=2e-6)
+
+
+def test_the_first_update_is_at_the_reference_and_the_next_is_not() -> None:
+    def divergence(num_updates: int) -> float:
+        loss = LossConfig(clip_low=3e-3, clip_high=4e-3, kl_coefficient=0.1)
+        return step(msgspec.structs.replace(CONFIG, updates_per_step=num_updates, loss=loss))["kl"]
+
+    assert divergence(1) == 0
+    assert divergence(4) > 0
+
+
 def test_measures_of_parts_are_those_of_the_whole_and_nothing_is_nan() -> None:
-    nothing = summarize(add_up([]), 8)
+    nothing = summarize(add_up([]), 8, 0.1)
     assert all(math.isnan(value) for name, value in nothing.items() if name != "num_tokens")
-    some = Measures(torch.ones(2, 8, dtype=torch.float64), torch.ones(6, dtype=torch.float64), torch.arange(2048))
-    twice = summarize(some + some, 8)
+    some = Measures(torch.ones(2, 8, dtype=torch.float64), torch.ones(7, dtype=torch.float64), torch.arange(2048))
+    twice = summarize(some + some, 8, 0.1)
     assert {n: v for n, v in twice.items() if n != "num_tokens" and not math.isnan(v)} == {
-        n: v for n, v in summarize(some, 8).items() if n != "num_tokens" and not math.isnan(v)
+        n: v for n, v in summarize(some, 8, 0.1).items() if n != "num_tokens" and not math.isnan(v)
     }
