@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from common.shape import ModelShape
 from learner.megatron.attention import PackedAttention, RMSNorm
+from learner.megatron.recompute import Recompute, recompute_options
 
 
 class HiddenStateModel(GPTModel):
@@ -31,9 +32,11 @@ class HiddenStateModel(GPTModel):
         return hidden_states
 
 
-def build_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> HiddenStateModel:
+def build_model(
+    shape: ModelShape, dtype: torch.dtype, device: torch.device, recompute: Recompute = "none"
+) -> HiddenStateModel:
     """A model whose weights are not set yet."""
-    config = transformer_config(shape, dtype)
+    config = transformer_config(shape, dtype, recompute)
     layers = get_num_layers_to_build(config)
     block: Any = TransformerBlockSubmodules
     model = HiddenStateModel(
@@ -50,7 +53,7 @@ def build_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> 
     return model.to(device=device, dtype=dtype)
 
 
-def transformer_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(shape: ModelShape, dtype: torch.dtype, recompute: Recompute = "none") -> TransformerConfig:
     """Megatron's config of the model: no dropout, no fusion that needs a GPU's libraries."""
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
@@ -81,6 +84,7 @@ def transformer_config(shape: ModelShape, dtype: torch.dtype) -> TransformerConf
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **recompute_options(recompute, shape),
         **(_expert_options(shape) if shape.is_moe else {}),
     )
 

@@ -45,7 +45,7 @@ class Policy:
         self._device = parallel.compute_device()
         self._temperature = config.sampling.temperature
         dtype = torch.bfloat16 if config.learner.dtype == "bfloat16" else torch.float32
-        model = build_model(self._shape, dtype, self._device)
+        model = build_model(self._shape, dtype, self._device, config.learner.recompute)
         import_weights(model, self._shape, files)
         self._module = model
         self._model = wrap_model(model)
