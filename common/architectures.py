@@ -17,7 +17,10 @@ def check_architecture(model_dir: Path) -> None:
         ModelError: The directory or its config is missing or broken, or its architecture is not supported.
     """
     if not model_dir.is_dir():
-        raise ModelError(f"model: {model_dir}: not found, expected the directory of a Hugging Face checkpoint")
+        raise ModelError(
+            f"model: {model_dir}: not found, expected the directory of a Hugging Face checkpoint: "
+            "hf download NAME --local-dir DIR"
+        )
     path = model_dir / "config.json"
     names = read_object(path, "the model's configuration").get("architectures")
     found = names[0] if isinstance(names, list) and names else "none"

@@ -6,6 +6,7 @@ from msgspec import Meta
 
 from common.contradictions import contradictions
 from common.errors import ConfigError
+from common.hardware import PlacementConfig
 from common.sections import (
     Count,
     DataConfig,
@@ -29,6 +30,8 @@ class Config(Section):
 
     Attributes:
         model: Directory of a Hugging Face checkpoint; empty with empty `data.train` trains the tiny built-in task.
+        made_for: Name of the public model that the layout is made for; then there is no built-in task, and a dry run
+            without `model` takes the sizes of launch/models/.
         seed: Of every random choice.
         steps: Steps of the run.
         group_size: Completions of a prompt.
@@ -38,6 +41,7 @@ class Config(Section):
     """
 
     model: str = ""
+    made_for: str = ""
     seed: Natural = 0
     steps: Count = 100
     group_size: Annotated[int, Meta(ge=2)] = 16
@@ -55,6 +59,7 @@ class Config(Section):
     verifier: VerifierConfig = VerifierConfig()
     lease: LeaseConfig = LeaseConfig()
     weights: WeightsConfig = WeightsConfig()
+    placement: PlacementConfig = PlacementConfig()
 
     def check(self) -> None:
         """Checks what concerns several keys.

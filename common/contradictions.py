@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from common.hardware import PlacementConfig
 from common.sections import LossConfig, OptimizerConfig, ParallelConfig, SamplingConfig
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 Contradictions = list[tuple[bool, str]]
 _LOSS = LossConfig()
 _OPTIMIZER = OptimizerConfig()
+_PLACEMENT = PlacementConfig()
 _SAMPLING = SamplingConfig()
 
 
@@ -24,6 +26,8 @@ def contradictions(config: "Config") -> Contradictions:
         *_of_the_reference(config),
         *_of_rates(config),
         *_of_ranks(config.learner.parallel),
+        *_of_machines(config),
+        *_of_engines(config),
     ]
 
 
@@ -77,6 +81,9 @@ def _of_evaluation(config: "Config") -> Contradictions:
 def _of_lengths(config: "Config") -> Contradictions:
     loss, longest = config.loss, config.data.max_prompt_tokens + config.sampling.max_tokens
     evaluated = config.data.max_prompt_tokens + config.evaluation.sampling.max_tokens
+    copies = config.generator.parallel.data
+    cached = config.generator.max_total_tokens // copies
+    share = "" if copies == 1 else f" // generator.parallel.data = {cached}"
     return [
         (
             longest > config.learner.max_tokens_per_microbatch,
@@ -84,13 +91,13 @@ def _of_lengths(config: "Config") -> Contradictions:
             f"data.max_prompt_tokens + sampling.max_tokens = {longest}",
         ),
         (
-            longest > config.generator.max_total_tokens,
-            f"generator.max_total_tokens: found {config.generator.max_total_tokens}, expected at least "
+            longest > cached,
+            f"generator.max_total_tokens: found {config.generator.max_total_tokens}{share}, expected at least "
             f"data.max_prompt_tokens + sampling.max_tokens = {longest}",
         ),
         (
-            evaluated > config.generator.max_total_tokens,
-            f"generator.max_total_tokens: found {config.generator.max_total_tokens}, expected at least "
+            evaluated > cached,
+            f"generator.max_total_tokens: found {config.generator.max_total_tokens}{share}, expected at least "
             f"data.max_prompt_tokens + evaluation.sampling.max_tokens = {evaluated}",
         ),
         (
@@ -205,5 +212,47 @@ def _of_ranks(parallel: ParallelConfig) -> Contradictions:
             parallel.virtual_pipeline > 1 and parallel.pipeline == 1,
             f"learner.parallel.virtual_pipeline: found {parallel.virtual_pipeline} with learner.parallel.pipeline = 1, "
             "where it has no effect",
+        ),
+    ]
+
+
+def _of_machines(config: "Config") -> Contradictions:
+    placement, ranks = config.placement, config.learner.parallel.num_ranks
+    gpus = placement.gpus_per_node
+    return [
+        *(
+            (
+                gpus == 0 and getattr(placement, key) != getattr(_PLACEMENT, key),
+                f"placement.{key}: found {getattr(placement, key):g} with placement.gpus_per_node = 0, where it has no "
+                "effect",
+            )
+            for key in ("gpu_memory_gib", "host_memory_gib")
+        ),
+        (
+            gpus == 0 and config.learner.offload_optimizer,
+            "learner.offload_optimizer: found true with placement.gpus_per_node = 0, expected false: without GPUs the "
+            "state is on the host already",
+        ),
+        (
+            ranks > gpus > 0 and ranks % gpus != 0,
+            f"learner.parallel: found {ranks} ranks, expected at most placement.gpus_per_node = {gpus} or a multiple "
+            "of it: each node of the learner has as many",
+        ),
+    ]
+
+
+def _of_engines(config: "Config") -> Contradictions:
+    parallel, gpus = config.generator.parallel, config.placement.gpus_per_node
+    return [
+        (
+            parallel.num_gpus % parallel.expert != 0,
+            f"generator.parallel.expert: found {parallel.expert}, expected a divisor of generator.parallel.tensor * "
+            f"data = {parallel.num_gpus}",
+        ),
+        (
+            parallel.num_gpus > max(gpus, 1),
+            f"generator.parallel: found tensor * data = {parallel.num_gpus}, expected at most "
+            f"placement.gpus_per_node = {gpus}: an engine is on one node"
+            + (", and on a CPU is one process" if gpus == 0 else ""),
         ),
     ]

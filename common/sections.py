@@ -68,7 +68,8 @@ class DataConfig(Section):
         train: One file, or several that are mixed by weight.
         test: Held-out sets, none of whose prompts is trained on.
         max_prompt_tokens: Longest prompt, with the chat template applied.
-        over_long: What becomes of longer ones: dropped and counted, or an error.
+        over_long: What becomes of longer ones: dropped and counted, cut to their last `max_prompt_tokens`
+            (`truncate_left`), or an error.
         system_prompt: Put before chat messages that have none.
         chat_template_kwargs: Passed to the model's chat template.
         shuffle: Whether each epoch has an order of its own, drawn with the run's seed.
@@ -77,7 +78,7 @@ class DataConfig(Section):
     train: str | tuple[DataFile, ...] = ""
     test: str | tuple[DataFile, ...] = ""
     max_prompt_tokens: Count = 1024
-    over_long: Literal["drop", "error"] = "drop"
+    over_long: Literal["drop", "truncate_left", "error"] = "drop"
     system_prompt: str = ""
     chat_template_kwargs: dict[str, str | int | float | bool] = {}
     shuffle: bool = True
@@ -239,17 +240,42 @@ class LearnerConfig(Section):
 
     Attributes:
         dtype: Of the parameters.
-        max_tokens_per_microbatch: Packed tokens of one forward pass; a longer sequence is left out and counted.
-        checkpoint_every: Steps between checkpoints; there is one after the last step.
+        max_tokens_per_microbatch: Packed tokens of one forward pass, in updates and in passes for logprobs alike; a
+            longer sequence is left out and counted.
+        recompute: What the backward pass computes anew in place of keeping it: nothing (`none`), the feed-forward
+            part or experts (`selective`), or all but each layer's input (`full`).
+        offload_optimizer: Whether AdamW's state, masters included, and its step are on the host.
+        checkpoint_every: Steps between checkpoints; there is one after the last step in any case.
         keep_checkpoints: How many of the newest are kept.
         parallel: How ranks share the model and the batch.
     """
 
     dtype: Dtype = "float32"
     max_tokens_per_microbatch: Count = 8192
+    recompute: Literal["none", "selective", "full"] = "none"
+    offload_optimizer: bool = False
     checkpoint_every: Count = 50
     keep_checkpoints: Count = 2
     parallel: ParallelConfig = ParallelConfig()
+
+
+class EngineParallelConfig(Section):
+    """How the GPUs of one engine share the model: `tensor` times `data` of them.
+
+    Attributes:
+        tensor: GPUs that share each matrix of attention.
+        data: Copies of attention in one engine, each with requests of its own; several only with experts.
+        expert: GPUs that share the experts of a layer; a divisor of `tensor` times `data`.
+    """
+
+    tensor: Count = 1
+    data: Count = 1
+    expert: Count = 1
+
+    @property
+    def num_gpus(self) -> int:
+        """Of one engine."""
+        return self.tensor * self.data
 
 
 class GeneratorConfig(Section):
@@ -260,20 +286,26 @@ class GeneratorConfig(Section):
         dtype: Of the engine's weights and activations.
         max_running_requests: Completions that one engine works on at once.
         max_total_tokens: Tokens that one engine's KV cache holds.
+        memory_share: Share of a GPU's memory, on a CPU of the machine's, that weights and KV cache may take together.
+        prefill_chunk_tokens: Prompt tokens that one engine takes in at once; more come in chunks.
         max_groups: Groups that one generator holds at once.
         gate_max: float32: largest difference between an engine's and the learner's logprob of a probe token.
         gate_mean: bfloat16: largest mean difference.
         gate_p99: bfloat16: largest 99th percentile of the difference.
+        parallel: How the GPUs of an engine share the model.
     """
 
     count: Count = 1
     dtype: Dtype = "float32"
     max_running_requests: Count = 256
     max_total_tokens: Count = 65_536
+    memory_share: Annotated[float, Meta(gt=0, lt=1)] = 0.3
+    prefill_chunk_tokens: Count = 8192
     max_groups: Count = 32
     gate_max: Positive = 1e-4
     gate_mean: Positive = 0.1
     gate_p99: Positive = 0.6
+    parallel: EngineParallelConfig = EngineParallelConfig()
 
 
 class VerifierConfig(Section):

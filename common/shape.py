@@ -7,7 +7,7 @@ import msgspec
 
 from common.architectures import QWEN2, QWEN3_MOE, check_architecture
 from common.errors import ConfigError, ModelError
-from common.sections import ParallelConfig
+from common.sections import EngineParallelConfig, ParallelConfig
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +134,35 @@ def check_division(shape: ModelShape, parallel: ParallelConfig) -> None:
             f"learner.parallel.sequence: found false with {tensor} = {parallel.tensor}, expected true: the model has "
             "experts, and each token must reach them once"
         )
+
+
+def check_engine(shape: ModelShape, parallel: EngineParallelConfig) -> None:
+    """Checks that the model can be divided over the GPUs of an engine.
+
+    SGLang copies key and value heads where there are fewer than ranks, which the learner does not.
+
+    Raises:
+        ConfigError: A size is no multiple of the GPUs that share it, or there is nothing to share.
+    """
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    inner = parallel.num_gpus // parallel.expert
+    key = "generator.parallel"
+    rows = [("tensor", heads, parallel.tensor, "num_attention_heads")]
+    if groups % parallel.tensor and parallel.tensor % groups:
+        rows.append(("tensor", groups, parallel.tensor, "num_key_value_heads"))
+    if shape.is_moe:
+        rows.append(("expert", shape.total_experts, parallel.expert, "num_experts"))
+        rows.append(("tensor * data / expert", shape.moe_intermediate_size, inner, "moe_intermediate_size"))
+    else:
+        rows.append(("tensor", shape.intermediate_size, parallel.tensor, "intermediate_size"))
+    for name, size, gpus, whole in rows:
+        if size % gpus:
+            raise ConfigError(f"{key}.{name}: found {gpus}, expected a divisor of the model's {whole} = {size}")
+    for name, gpus in (("data", parallel.data), ("expert", parallel.expert)):
+        if gpus > 1 and not shape.is_moe:
+            raise ConfigError(
+                f"{key}.{name}: found {gpus}, expected 1: the model has no experts; more engines are generator.count"
+            )
 
 
 def _unsupported(shape: ModelShape) -> list[tuple[bool, str]]:

@@ -190,12 +190,19 @@ def _prepare_environment() -> bool:
 
 
 def _server_arguments(config: Config, on_cpu: bool, *, needs_text: bool) -> dict[str, Any]:
-    generator = config.generator
+    """SGLang's arguments. It counts all GPUs as tensor ranks, of which copies of attention then take shares."""
+    generator, parallel = config.generator, config.generator.parallel
     arguments: dict[str, Any] = {
         "model_path": config.model,
         "dtype": generator.dtype,
+        "tp_size": parallel.num_gpus,
+        "dp_size": parallel.data,
+        "enable_dp_attention": parallel.data > 1,
+        "ep_size": parallel.expert,
         "max_running_requests": generator.max_running_requests,
-        "max_total_tokens": generator.max_total_tokens,
+        "max_total_tokens": generator.max_total_tokens // parallel.data,  # SGLang means that of one copy
+        "mem_fraction_static": generator.memory_share,
+        "chunked_prefill_size": generator.prefill_chunk_tokens,
         "random_seed": config.seed,
         "weight_version": _UNLOADED,
         "skip_tokenizer_init": not needs_text,
@@ -207,7 +214,6 @@ def _server_arguments(config: Config, on_cpu: bool, *, needs_text: bool) -> dict
             "device": "cpu",
             "attention_backend": "torch_native",
             "sampling_backend": "pytorch",
-            "mem_fraction_static": 0.3,
             "disable_overlap_schedule": True,
             "sleep_on_idle": True,  # else an idle engine keeps a core busy
         }

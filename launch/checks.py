@@ -11,10 +11,14 @@ import msgspec
 
 from common.architectures import check_architecture, read_object
 from common.config import Config
-from common.errors import DataError, ModelError, RunDirectoryError
-from common.parameters import ITEM_BYTES
+from common.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from common.sections import DataFile
-from common.shape import check_division, read_shape
+from common.shape import ModelShape, check_division, check_engine, read_shape
+from launch.activations import ITEM_BYTES
+from launch.estimate import check_fits
+from launch.placement import place
+
+SIZES = Path(__file__).resolve().parent / "models"
 
 
 def resolve_paths(config: Config, base: Path) -> Config:
@@ -44,16 +48,68 @@ def check_inputs(config: Config) -> None:
     Raises:
         UsageError: Something is missing, broken, too small or taken.
     """
+    _check_files(config)
+    if config.made_for and not config.model:
+        raise ModelError(
+            f"model: found nothing, expected model=DIR data.train=FILE with {config.made_for} in DIR, what the layout "
+            f"is made for: hf download {config.made_for} --local-dir DIR"
+        )
+    num_parameters = count_parameters(Path(config.model)) if config.model else 0
+    if config.model:
+        _check_model(config, Path(config.model))
+    if config.placement.gpus_per_node and (nodes := place(config).num_nodes) > 1:
+        raise ConfigError(
+            f"placement: found {nodes} nodes of {config.placement.gpus_per_node} GPUs, expected 1: processes on other "
+            "machines are not started yet; --dry-run shows the plan"
+        )
+    check_space(config, num_parameters)
+    check_port(config.run.host, config.run.ledger_port)
+
+
+def check_plan(config: Config) -> ModelShape | None:
+    """The checks of a dry run, which may be far from the machines of the run; the model's sizes.
+
+    A directory may hold `config.json` alone. Without `model` the sizes are those of `made_for`; None where the tiny
+    model will be built. Where no GPUs are assigned the run would be here, so that space and port are looked at, too.
+
+    Raises:
+        UsageError: Something is missing, broken, too small or taken.
+    """
+    _check_files(config)
+    directory = Path(config.model) if config.model else _sizes(config.made_for) if config.made_for else None
+    num_parameters = 0
+    if config.model and (any(Path(config.model).glob("*.safetensors*")) or not Path(config.model).is_dir()):
+        num_parameters = count_parameters(Path(config.model))
+    shape = _check_model(config, directory) if directory else None
+    if config.placement.gpus_per_node == 0:
+        check_space(config, num_parameters)
+        check_port(config.run.host, config.run.ledger_port)
+    return shape
+
+
+def _check_files(config: Config) -> None:
     for key, files in (("data.train", config.data.train_files), ("data.test", config.data.test_files)):
         for file in files:
             if not Path(file.path).is_file():
                 raise DataError(f"{key}: {file.path}: not found, expected a file of prompts")
-    num_parameters = count_parameters(Path(config.model)) if config.model else 0
-    if config.model:
-        check_positions(config)
-        check_division(read_shape(Path(config.model)), config.learner.parallel)
-    check_space(config, num_parameters)
-    check_port(config.run.host, config.run.ledger_port)
+
+
+def _check_model(config: Config, directory: Path) -> ModelShape:
+    """What can be said of a model by its sizes."""
+    shape = read_shape(directory)
+    check_positions(config, directory)
+    check_division(shape, config.learner.parallel)
+    check_engine(shape, config.generator.parallel)
+    check_fits(config, shape)
+    return shape
+
+
+def _sizes(made_for: str) -> Path:
+    directory = SIZES / Path(made_for).name
+    if not directory.is_dir():
+        known = ", ".join(sorted(path.name for path in SIZES.iterdir()))
+        raise ConfigError(f"made_for: found {made_for!r}, expected the name of a model in {SIZES}: {known}")
+    return directory
 
 
 def count_parameters(model: Path) -> int:
@@ -67,13 +123,13 @@ def count_parameters(model: Path) -> int:
     return sum(_parameters_of(path) for path in _weight_files(model))
 
 
-def check_positions(config: Config) -> None:
+def check_positions(config: Config, directory: Path) -> None:
     """Checks that the model has a position for each token of the longest prompt with the longest response.
 
     Raises:
         ModelError: It has fewer.
     """
-    path = Path(config.model) / "config.json"
+    path = directory / "config.json"
     positions = read_object(path, "").get("max_position_embeddings")
     for key, sampling in (("sampling", config.sampling), ("evaluation.sampling", config.evaluation.sampling)):
         longest = config.data.max_prompt_tokens + sampling.max_tokens

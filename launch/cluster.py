@@ -63,16 +63,16 @@ def resolve(layout: str, overrides: list[str]) -> Config:
 def _dry_run(config: Config) -> str:
     """All checks, and nothing started or written; the tiny model stands where it would be built."""
     from launch.builtin import tiny_directory, with_tiny_task
-    from launch.checks import check_inputs
+    from launch.checks import check_plan
     from launch.resolved import describe
     from launch.run_directory import check_unused, run_path
 
     path = run_path(config)
     check_unused(path)
-    check_inputs(config)
-    if not config.model:
+    shape = check_plan(config)
+    if shape is None:
         config = with_tiny_task(config, tiny_directory(config.seed))
-    return describe(config, path)
+    return describe(config, path, shape)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

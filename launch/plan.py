@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.config import Config
-from common.parameters import ITEM_BYTES, rank_parameters
 from common.shape import read_shape
+from launch.activations import ITEM_BYTES
+from launch.parameters import rank_parameters
+from launch.placement import place
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FREE_PORT = "{free_port}"
@@ -20,22 +22,31 @@ class ProcessPlan(NamedTuple):
         name: Unique in the run, such as `generator-0`; logs are named by it.
         role: learner, generator, verifier or ledger.
         command: Its command line; `FREE_PORT` in it becomes a free port at each start.
+        gpus: Those of its node that are its own; where there are none, it takes what it finds.
     """
 
     name: str
     role: str
     command: tuple[str, ...]
+    gpus: tuple[int, ...] = ()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the process has in its environment beside what all have."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))} if self.gpus else {}
 
 
 def plan_processes(config: Config, run_dir: Path) -> list[ProcessPlan]:
     """The processes of a run, in the order in which they start."""
     run = str(run_dir)
-    return [
+    plans = [
         ProcessPlan("ledger", "ledger", _python("learner.ledger", run)),
         *_fleet("verifier", config.verifier.count, run),
         *_fleet("generator", config.generator.count, run),
         ProcessPlan("learner", "learner", _torchrun(config, run)),
     ]
+    gpus = _gpus(config)
+    return [plan._replace(gpus=gpus.get(plan.name, ())) for plan in plans]
 
 
 def prepare_command(run_dir: Path) -> tuple[str, ...]:
@@ -69,10 +80,20 @@ def _reference_numbers(config: Config, sequences: int) -> dict[str, int]:
     """What the frozen reference of the KL term costs; its size is told where the model is there already."""
     numbers = {"reference model: sequences of an extra forward pass per step": sequences}
     if (model := Path(config.model)).is_dir():
-        num_parameters = rank_parameters(read_shape(model), config.learner.parallel)
+        parallel, shape = config.learner.parallel, read_shape(model)
+        num_parameters = max(rank_parameters(shape, parallel, stage).total for stage in range(parallel.pipeline))
         key = "reference model: bytes of host memory per rank, at most"
         numbers[key] = num_parameters * ITEM_BYTES[config.learner.dtype]
     return numbers
+
+
+def _gpus(config: Config) -> dict[str, tuple[int, ...]]:
+    """The GPUs of each process that has any, on its own node."""
+    if config.placement.gpus_per_node == 0:
+        return {}
+    placement = place(config)
+    engines = {engine.name: engine.gpus for engine in placement.engines}
+    return engines | {"learner": tuple(rank.gpu for rank in placement.ranks if rank.node == 0)}
 
 
 def _fleet(role: str, count: int, run: str) -> list[ProcessPlan]:
@@ -86,7 +107,8 @@ def _python(module: str, *arguments: str) -> tuple[str, ...]:
 
 def _torchrun(config: Config, run: str) -> tuple[str, ...]:
     """Torchrun never restarts ranks itself: the launcher does."""
-    ranks = f"--nproc-per-node={config.learner.parallel.num_ranks}"
+    per_node = config.placement.gpus_per_node or config.learner.parallel.num_ranks
+    ranks = f"--nproc-per-node={min(config.learner.parallel.num_ranks, per_node)}"
     options = ("--max-restarts=0", ranks, "--master-addr=127.0.0.1", f"--master-port={FREE_PORT}")
     patience = f"--shutdown-timeout={int(config.run.stop_timeout_s)}"
     return _python("torch.distributed.run", *options, patience, "-m", "learner", run)

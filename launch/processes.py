@@ -169,7 +169,7 @@ class _Child:
             self._process = await asyncio.create_subprocess_exec(
                 *command,
                 cwd=REPOSITORY,
-                env=child_environment(),
+                env=child_environment() | self.plan.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

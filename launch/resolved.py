@@ -9,13 +9,15 @@ from typing import Any
 import msgspec
 
 from common.config import Config
-from launch.plan import REPOSITORY, derived_numbers, plan_processes
+from common.shape import ModelShape
+from launch.machines import machine_lines
+from launch.plan import REPOSITORY, ProcessPlan, derived_numbers, plan_processes
 
 
-def describe(config: Config, run_dir: Path) -> str:
-    """The resolved configuration, the processes and the numbers."""
+def describe(config: Config, run_dir: Path, shape: ModelShape | None) -> str:
+    """The resolved configuration, the processes and the numbers; the machines, where the model's sizes are known."""
     numbers = [f"#   {name}: {number:,}" for name, number in derived_numbers(config).items()]
-    processes = [f"#   {p.name}: {_shown(p.command)}" for p in plan_processes(config, run_dir)]
+    processes = [f"#   {p.name}: {_shown(p)}" for p in plan_processes(config, run_dir)]
     return "\n".join(
         [
             f"# run directory: {run_dir}",
@@ -23,6 +25,7 @@ def describe(config: Config, run_dir: Path) -> str:
             *processes,
             "# numbers:",
             *numbers,
+            *([f"# {line}" for line in machine_lines(config, shape)] if shape else []),
             "",
             to_toml(config),
         ]
@@ -60,7 +63,8 @@ def _key(name: str) -> str:
     return name if name.replace("_", "").replace("-", "").isalnum() and name.isascii() else json.dumps(name)
 
 
-def _shown(command: tuple[str, ...]) -> str:
+def _shown(plan: ProcessPlan) -> str:
     """A command line for people: with `python` for this interpreter, and paths from the repository."""
-    words = ["python" if word == sys.executable else word.removeprefix(f"{REPOSITORY}/") for word in command]
+    words = [f"{name}={value}" for name, value in plan.environment.items()]
+    words += ["python" if word == sys.executable else word.removeprefix(f"{REPOSITORY}/") for word in plan.command]
     return shlex.join(words).replace("'", "")

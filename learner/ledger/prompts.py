@@ -43,7 +43,8 @@ def prepare(store: Store, config: Config) -> Prepared:
     """Reads, checks and tokenizes all prompts into the store, as one transaction.
 
     A store that holds them already is left alone. A prompt longer than `data.max_prompt_tokens` stays in the order of
-    the data, and each of its visits ends as rejected (`over_long = "drop"`); a held-out one is left out.
+    the data, and each of its visits ends as rejected (`over_long = "drop"`); a held-out one is left out. With
+    `"truncate_left"` it is cut to its last tokens, which hold the question's end and the beginning of the answer.
 
     Raises:
         DataError: A file is wrong, has changed since the run began, or a prompt is both trained on and held out.
@@ -125,7 +126,8 @@ def _load(
     num_prompts = 0
     rows = read_rows(file.path)
     while batch := list(islice(rows, _BATCH_ROWS)):
-        for row, token_ids in zip(batch, _token_ids(batch, file, model, data), strict=True):
+        for row, whole in zip(batch, _token_ids(batch, file, model, data), strict=True):
+            token_ids = whole[-data.max_prompt_tokens :] if data.over_long == "truncate_left" else whole
             prompt = wire.Prompt(
                 id=f"{file.split}/{file.source}/{row.number}",
                 source=file.source,

@@ -12,9 +12,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.sections import ParallelConfig
+from common.sections import LearnerConfig, ParallelConfig
 from common.shape import ModelShape
 from learner.megatron.attention import PackedAttention, RMSNorm
+from learner.megatron.recompute import recompute_options
 
 
 class HiddenStateModel(GPTModel):
@@ -41,13 +42,14 @@ class HiddenStateModel(GPTModel):
 
 
 def build_model(
-    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape, learner: LearnerConfig, dtype: torch.dtype, device: torch.device
 ) -> list[HiddenStateModel]:
     """This rank's pieces of the model, in the order of their layers; their weights are not set yet."""
-    config = transformer_config(shape, parallel, dtype)
+    config = transformer_config(shape, learner, dtype)
+    num_pieces = learner.parallel.virtual_pipeline
     return [
-        _build_piece(shape, config, piece if parallel.virtual_pipeline > 1 else None).to(device=device, dtype=dtype)
-        for piece in range(parallel.virtual_pipeline)
+        _build_piece(shape, config, piece if num_pieces > 1 else None).to(device=device, dtype=dtype)
+        for piece in range(num_pieces)
     ]
 
 
@@ -68,7 +70,7 @@ def _build_piece(shape: ModelShape, config: TransformerConfig, piece: int | None
     )
 
 
-def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(shape: ModelShape, learner: LearnerConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's config of the model: no dropout, no fusion that needs a GPU's libraries."""
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
@@ -98,7 +100,8 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        **_parallel_options(parallel, dtype),
+        **_parallel_options(learner.parallel, dtype),
+        **recompute_options(learner.recompute, shape),
         **(_expert_options(shape) if shape.is_moe else {}),
     )
 

@@ -58,7 +58,7 @@ class Policy:
         self._device = parallel.compute_device()
         self._temperature = config.sampling.temperature
         dtype = torch.bfloat16 if config.learner.dtype == "bfloat16" else torch.float32
-        self._pieces = build_model(self._shape, config.learner.parallel, dtype, self._device)
+        self._pieces = build_model(self._shape, config.learner, dtype, self._device)
         import_weights(self._pieces, self._shape, self._place, files)
         self._wrapped = wrap_model(self._pieces)
         self._optimizer = Optimizer(config, self._wrapped, dtype)

@@ -11,13 +11,23 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from launch.plan import REPOSITORY
 
+SHAPE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 16,
+}
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A model directory as far as the launcher and the ledger look at it."""
     directory = tmp_path / "model"
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"], "vocab_size": 64}))
+    (directory / "config.json").write_text(json.dumps(SHAPE))
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "1": 1, "+": 2, "=": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -1,0 +1,146 @@
+"""What memory a run needs, by arithmetic: of each rank and each engine's GPU by part, of hosts, of an update."""
+
+from typing import NamedTuple
+
+from common.config import Config
+from common.errors import ConfigError
+from common.hardware import GIB
+from common.shape import ModelShape
+from launch.activations import ITEM_BYTES, activation_bytes
+from launch.parameters import engine_parameters, model_parameters, rank_parameters
+from launch.placement import Placement, place
+
+RESERVE_BYTES = 4 * GIB  # an assumption: CUDA's context, NCCL's buffers, fragmentation
+_CHUNK_ELEMENTS, _MIN_CHUNK_ROWS = 1 << 24, 64  # of learner/megatron/logprobs.py
+_MASTER_BYTES, _MOMENT_BYTES, _GRADIENT_BYTES = 4, 8, 4
+
+
+class RankMemory(NamedTuple):
+    """Bytes of a learner rank, at the peak of an update.
+
+    Attributes:
+        weights: Parameters in the learner's dtype.
+        gradients: Their sums over micro-batches, in float32.
+        optimizer: Masters and moments on the GPU: this rank's share of its replicas'.
+        activations: Between forward and backward pass.
+        logits: The logprobs' chunk of logits and the output layer's gradient.
+        host: Masters, moments and gradients on the host, where they are offloaded.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        """On the GPU, without the reserve."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+class EngineMemory(NamedTuple):
+    """Bytes of one GPU of an engine."""
+
+    weights: int
+    kv_cache: int
+
+
+def rank_memory(config: Config, shape: ModelShape, stage: int) -> RankMemory:
+    """Of the ranks of a pipeline stage."""
+    learner, parallel = config.learner, config.learner.parallel
+    item = ITEM_BYTES[learner.dtype]
+    held = rank_parameters(shape, parallel, stage)
+    replicas = parallel.data * parallel.context
+    expert_replicas = parallel.num_stage_ranks // (parallel.expert * parallel.expert_tensor)
+    stepped = -(-held.dense // replicas) + -(-held.experts // expert_replicas)
+    state = _MOMENT_BYTES + (_MASTER_BYTES if item == 2 else 0)
+    offloaded = learner.offload_optimizer
+    return RankMemory(
+        weights=held.total * item,
+        gradients=held.total * _GRADIENT_BYTES,
+        optimizer=0 if offloaded else stepped * state,
+        activations=activation_bytes(config, shape, stage),
+        logits=logits_bytes(config, shape) if stage == parallel.pipeline - 1 else 0,
+        host=stepped * (_MASTER_BYTES + _MOMENT_BYTES + _GRADIENT_BYTES) if offloaded else 0,
+    )
+
+
+def logits_bytes(config: Config, shape: ModelShape) -> int:
+    """Of the logprobs' backward pass: a chunk twice, the sum of the output layer's gradient and what is added to it."""
+    item = ITEM_BYTES[config.learner.dtype]
+    rows = shape.vocab_size // config.learner.parallel.tensor
+    tokens = config.learner.max_tokens_per_microbatch // config.learner.parallel.context
+    chunk = min(tokens, max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // rows))
+    return chunk * rows * (4 + 4) + rows * shape.hidden_size * (4 + item)
+
+
+def engine_memory(config: Config, shape: ModelShape) -> EngineMemory:
+    """Of each GPU of an engine."""
+    generator, parallel = config.generator, config.generator.parallel
+    item = ITEM_BYTES[generator.dtype]
+    heads = max(1, shape.num_key_value_heads // parallel.tensor)
+    token_bytes = 2 * shape.num_hidden_layers * heads * shape.channels * item
+    tokens = generator.max_total_tokens // parallel.data
+    return EngineMemory(engine_parameters(shape, parallel) * item, tokens * token_bytes)
+
+
+def update_bytes(config: Config, shape: ModelShape) -> int:
+    """Of one published version: all weights, in the learner's dtype."""
+    return model_parameters(shape) * ITEM_BYTES[config.learner.dtype]
+
+
+def host_bytes(config: Config, shape: ModelShape, placement: Placement) -> list[int]:
+    """Of each node: what its ranks offload and, on the first, the published versions and one in the making."""
+    sizes = [0] * placement.num_nodes
+    for rank in placement.ranks:
+        sizes[rank.node] += rank_memory(config, shape, rank.pipeline).host
+    sizes[0] += (config.weights.keep + 1) * update_bytes(config, shape)
+    return sizes
+
+
+def check_fits(config: Config, shape: ModelShape) -> None:
+    """Checks that ranks, engines and hosts have the memory that they need; nothing where no GPUs are assigned.
+
+    Raises:
+        ConfigError: One does not.
+    """
+    machines, generator = config.placement, config.generator
+    if machines.gpus_per_node == 0:
+        return
+    placement = place(config)
+    for stage in range(config.learner.parallel.pipeline):
+        memory = rank_memory(config, shape, stage)
+        if memory.device + RESERVE_BYTES > machines.gpu_memory_gib * GIB:
+            first = next(rank.rank for rank in placement.ranks if rank.pipeline == stage)
+            raise ConfigError(
+                f"learner rank {first}: found {parts(memory)} = {gib(memory.device + RESERVE_BYTES)}, expected at most "
+                f"placement.gpu_memory_gib = {machines.gpu_memory_gib:g}"
+            )
+    engine = engine_memory(config, shape)
+    allowed = generator.memory_share * machines.gpu_memory_gib * GIB
+    if sum(engine) > allowed:
+        raise ConfigError(
+            f"generator-0: found weights {gib(engine.weights)} + KV cache {gib(engine.kv_cache)} = {gib(sum(engine))} "
+            f"on each GPU, expected at most generator.memory_share * placement.gpu_memory_gib = {gib(allowed)}: fewer "
+            f"generator.max_total_tokens than {generator.max_total_tokens:,}, or more generator.parallel.tensor"
+        )
+    for node, size in enumerate(host_bytes(config, shape, placement)):
+        if size > machines.host_memory_gib * GIB:
+            raise ConfigError(
+                f"node {node}: found {gib(size)} of offloaded optimizer state and published weights, expected at most "
+                f"placement.host_memory_gib = {machines.host_memory_gib:g}"
+            )
+
+
+def parts(memory: RankMemory) -> str:
+    """The parts of a rank's memory, for people."""
+    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    sizes = [f"{name} {gib(getattr(memory, name))}" for name in names]
+    return " + ".join([*sizes, f"reserve {gib(RESERVE_BYTES)}"])
+
+
+def gib(size_bytes: float) -> str:
+    """A size for people."""
+    return f"{size_bytes / GIB:.2f} GiB"
