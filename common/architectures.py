@@ -18,8 +18,8 @@ def check_architecture(model_dir: Path) -> None:
     """
     if not model_dir.is_dir():
         raise ModelError(
-            f"model: {model_dir}: not found, expected the directory of a Hugging Face checkpoint: "
-            "hf download NAME --local-dir DIR"
+            f"model: {model_dir}: not found, expected the directory of a Hugging Face checkpoint; nothing is "
+            "downloaded: hf download NAME --local-dir DIR"
         )
     path = model_dir / "config.json"
     names = read_object(path, "the model's configuration").get("architectures")

@@ -244,7 +244,8 @@ class LearnerConfig(Section):
             longer sequence is left out and counted.
         recompute: What the backward pass computes anew in place of keeping it: nothing (`none`), the feed-forward
             part or experts (`selective`), or all but each layer's input (`full`).
-        offload_optimizer: Whether AdamW's state, masters included, and its step are on the host.
+        offload_optimizer: Whether AdamW's two moments are in the host's memory; they come to the GPU for the step, one
+            tensor at a time.
         checkpoint_every: Steps between checkpoints; there is one after the last step in any case.
         keep_checkpoints: How many of the newest are kept.
         parallel: How ranks share the model and the batch.

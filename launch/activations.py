@@ -56,8 +56,20 @@ def layer_bytes(shape: ModelShape, parallel: ParallelConfig, item: int) -> Layer
     )
 
 
-def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:
-    """The most that a rank of a pipeline stage holds for the largest micro-batches."""
+class HeldBytes(NamedTuple):
+    """Of a rank, for the largest micro-batches.
+
+    Attributes:
+        activations: What is kept from forward to backward passes.
+        layer: What one layer's backward pass needs beside that: what it computes anew, and its gradients.
+    """
+
+    activations: int
+    layer: int
+
+
+def held_bytes(config: Config, shape: ModelShape, stage: int) -> HeldBytes:
+    """Of a rank of a pipeline stage."""
     learner, parallel = config.learner, config.learner.parallel
     item = ITEM_BYTES[learner.dtype]
     layer = layer_bytes(shape, parallel, item)
@@ -67,10 +79,11 @@ def activation_bytes(config: Config, shape: ModelShape, stage: int) -> int:
         "full": (layer.input, layer.attention + layer.feed_forward),
     }[learner.recompute]
     num_layers = shape.num_hidden_layers // (parallel.pipeline * parallel.virtual_pipeline)
-    whole = _pieces_in_flight(parallel, stage) * num_layers * kept + anew + layer.working
+    whole = _pieces_in_flight(parallel, stage) * num_layers * kept
     if stage == parallel.pipeline - 1:
         whole += _final(shape, parallel, item)
-    return int(whole * learner.max_tokens_per_microbatch / parallel.context)
+    tokens = learner.max_tokens_per_microbatch / parallel.context
+    return HeldBytes(int(whole * tokens), int((anew + layer.working) * tokens))
 
 
 def _norm(width: float, item: int) -> float:

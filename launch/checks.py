@@ -51,8 +51,8 @@ def check_inputs(config: Config) -> None:
     _check_files(config)
     if config.made_for and not config.model:
         raise ModelError(
-            f"model: found nothing, expected model=DIR data.train=FILE with {config.made_for} in DIR, what the layout "
-            f"is made for: hf download {config.made_for} --local-dir DIR"
+            f"model: found nothing, expected model=DIR data.train=FILE with {config.made_for} in DIR, which this "
+            f"layout is made for: hf download {config.made_for} --local-dir DIR"
         )
     num_parameters = count_parameters(Path(config.model)) if config.model else 0
     if config.model:

@@ -1,4 +1,4 @@
-"""What memory a run needs, by arithmetic: of each rank and each engine's GPU by part, of hosts, of an update."""
+"""What memory a run needs, by arithmetic: each learner rank and each engine's GPU by part, hosts, an update."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from common.config import Config
 from common.errors import ConfigError
 from common.hardware import GIB
 from common.shape import ModelShape
-from launch.activations import ITEM_BYTES, activation_bytes
+from launch.activations import ITEM_BYTES, held_bytes
 from launch.parameters import engine_parameters, model_parameters, rank_parameters
 from launch.placement import Placement, place
 
@@ -22,22 +22,25 @@ class RankMemory(NamedTuple):
         weights: Parameters in the learner's dtype.
         gradients: Their sums over micro-batches, in float32.
         optimizer: Masters and moments on the GPU: this rank's share of its replicas'.
-        activations: Between forward and backward pass.
-        logits: The logprobs' chunk of logits and the output layer's gradient.
-        host: Masters, moments and gradients on the host, where they are offloaded.
+        activations: What is kept from forward to backward passes.
+        layer: What one layer's backward pass needs beside it.
+        logits: What the logprobs need in their turn: chunks of logits, the output layer's gradient.
+        host: Moments, where they are offloaded.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    layer: int
     logits: int
     host: int
 
     @property
     def device(self) -> int:
-        """On the GPU, without the reserve."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        """On the GPU, with the reserve; the logprobs are through when the layers' backward pass begins."""
+        held = self.weights + self.gradients + self.optimizer + self.activations
+        return held + max(self.layer, self.logits) + RESERVE_BYTES
 
 
 class EngineMemory(NamedTuple):
@@ -51,29 +54,32 @@ def rank_memory(config: Config, shape: ModelShape, stage: int) -> RankMemory:
     """Of the ranks of a pipeline stage."""
     learner, parallel = config.learner, config.learner.parallel
     item = ITEM_BYTES[learner.dtype]
-    held = rank_parameters(shape, parallel, stage)
+    owned, held = rank_parameters(shape, parallel, stage), held_bytes(config, shape, stage)
     replicas = parallel.data * parallel.context
     expert_replicas = parallel.num_stage_ranks // (parallel.expert * parallel.expert_tensor)
-    stepped = -(-held.dense // replicas) + -(-held.experts // expert_replicas)
-    state = _MOMENT_BYTES + (_MASTER_BYTES if item == 2 else 0)
+    stepped = -(-owned.dense // replicas) + -(-owned.experts // expert_replicas)
+    masters = stepped * _MASTER_BYTES if item == 2 else 0  # float32 parameters are their own
+    moments = stepped * _MOMENT_BYTES
     offloaded = learner.offload_optimizer
     return RankMemory(
-        weights=held.total * item,
-        gradients=held.total * _GRADIENT_BYTES,
-        optimizer=0 if offloaded else stepped * state,
-        activations=activation_bytes(config, shape, stage),
+        weights=owned.total * item,
+        gradients=owned.total * _GRADIENT_BYTES,
+        optimizer=masters + (0 if offloaded else moments),
+        activations=held.activations,
+        layer=held.layer,
         logits=logits_bytes(config, shape) if stage == parallel.pipeline - 1 else 0,
-        host=stepped * (_MASTER_BYTES + _MOMENT_BYTES + _GRADIENT_BYTES) if offloaded else 0,
+        host=moments if offloaded else 0,
     )
 
 
 def logits_bytes(config: Config, shape: ModelShape) -> int:
-    """Of the logprobs' backward pass: a chunk twice, the sum of the output layer's gradient and what is added to it."""
+    """Of the logprobs: three chunks of logits in float32 forward; one, the output layer's gradient and its sum back."""
     item = ITEM_BYTES[config.learner.dtype]
     rows = shape.vocab_size // config.learner.parallel.tensor
     tokens = config.learner.max_tokens_per_microbatch // config.learner.parallel.context
-    chunk = min(tokens, max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // rows))
-    return chunk * rows * (4 + 4) + rows * shape.hidden_size * (4 + item)
+    chunk = min(tokens, max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // rows)) * rows
+    copy = item if item == 2 else 0  # in the weights' dtype
+    return max(3 * 4 * chunk, (4 + copy) * chunk + (4 + item) * rows * shape.hidden_size)
 
 
 def engine_memory(config: Config, shape: ModelShape) -> EngineMemory:
@@ -112,10 +118,10 @@ def check_fits(config: Config, shape: ModelShape) -> None:
     placement = place(config)
     for stage in range(config.learner.parallel.pipeline):
         memory = rank_memory(config, shape, stage)
-        if memory.device + RESERVE_BYTES > machines.gpu_memory_gib * GIB:
+        if memory.device > machines.gpu_memory_gib * GIB:
             first = next(rank.rank for rank in placement.ranks if rank.pipeline == stage)
             raise ConfigError(
-                f"learner rank {first}: found {parts(memory)} = {gib(memory.device + RESERVE_BYTES)}, expected at most "
+                f"learner rank {first}: found {parts(memory)} = {gib(memory.device)}, expected at most "
                 f"placement.gpu_memory_gib = {machines.gpu_memory_gib:g}"
             )
     engine = engine_memory(config, shape)
@@ -136,9 +142,10 @@ def check_fits(config: Config, shape: ModelShape) -> None:
 
 def parts(memory: RankMemory) -> str:
     """The parts of a rank's memory, for people."""
-    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    names = ("weights", "gradients", "optimizer", "activations")
     sizes = [f"{name} {gib(getattr(memory, name))}" for name in names]
-    return " + ".join([*sizes, f"reserve {gib(RESERVE_BYTES)}"])
+    work = f"the larger of one layer {gib(memory.layer)} and logits {gib(memory.logits)}"
+    return " + ".join([*sizes, work, f"reserve {gib(RESERVE_BYTES)}"])
 
 
 def gib(size_bytes: float) -> str:

@@ -6,7 +6,6 @@ from common.config import Config
 from common.hardware import GIB
 from common.shape import ModelShape
 from launch.estimate import (
-    RESERVE_BYTES,
     engine_memory,
     gib,
     host_bytes,
@@ -79,7 +78,7 @@ def _rank_lines(config: Config, shape: ModelShape, placement: Placement | None) 
     for stage in range(parallel.pipeline):
         memory = rank_memory(config, shape, stage)
         first = stage * parallel.num_stage_ranks
-        whole = gib(memory.device + RESERVE_BYTES)
+        whole = gib(memory.device)
         size = f"{whole} of {config.placement.gpu_memory_gib:g}" if placement else whole
         offloaded = f"; on the host {gib(memory.host)}" if memory.host else ""
         held = f"{rank_parameters(shape, parallel, stage).total:,} parameters"

@@ -12,7 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from common.config import Config
-from common.errors import ConfigError
+from learner.megatron.offload import HostAdam, choose_adam
 
 
 def wrap_model(pieces: Sequence[GPTModel]) -> list[DistributedDataParallel]:
@@ -30,12 +30,9 @@ class Optimizer:
     """
 
     def __init__(self, config: Config, pieces: list[DistributedDataParallel], dtype: torch.dtype) -> None:
-        """The model's weights must be set: the masters are taken from them.
-
-        Raises:
-            ConfigError: The state is to be offloaded from a GPU, and there is none.
-        """
+        """The model's weights must be set: the masters are taken from them."""
         options = config.optimizer
+        choose_adam(on_host=config.learner.offload_optimizer)
         self.megatron: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -49,12 +46,13 @@ class Optimizer:
                 bf16=dtype is torch.bfloat16,
                 params_dtype=dtype,
                 use_distributed_optimizer=True,
-                **(offload_options() if config.learner.offload_optimizer else {}),
             ),
             list[MegatronModule](pieces),
         )
         for part in self.megatron.chained_optimizers:  # so that there is a state to save before the first update
-            if part.init_state_fn is not None:  # an offloaded one is made by the first update, or by loading
+            if isinstance(part.optimizer, HostAdam):
+                part.optimizer.make_state()
+            else:
                 part.init_state_fn(part.optimizer, part.config)
         self.schedule = learning_rates(config, self.megatron)
 
@@ -76,26 +74,6 @@ class Optimizer:
         if finite:
             self.megatron.step()
         return grad_norm, finite
-
-
-def offload_options() -> dict[str, Any]:
-    """Megatron's options for AdamW on the host: masters, moments, gradients and the step itself.
-
-    Precision-aware: else the masters would be on the GPU as well.
-
-    Raises:
-        ConfigError: There is no GPU to offload from.
-    """
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "learner.offload_optimizer: found true without CUDA, expected false: there is no GPU to spare"
-        )
-    return {
-        "optimizer_cpu_offload": True,
-        "optimizer_offload_fraction": 1.0,
-        "overlap_cpu_optimizer_d2h_h2d": True,
-        "use_precision_aware_optimizer": True,
-    }
 
 
 def learning_rates(config: Config, megatron: Any) -> OptimizerParamScheduler:

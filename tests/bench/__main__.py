@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.bench.report import Figure, page, table
 
-BENCHMARKS = ("wire", "packing", "logprobs", "local")
+BENCHMARKS = ("wire", "packing", "logprobs", "memory", "local")
 
 
 def main() -> None:
