@@ -19,6 +19,7 @@ from common.sections import (
     RunConfig,
     SamplingConfig,
     Section,
+    TinyConfig,
     VerifierConfig,
     WeightsConfig,
 )
@@ -45,6 +46,7 @@ class Config(Section):
     updates_per_step: Count = 4
     max_staleness: Natural = 4
     run: RunConfig = RunConfig()
+    tiny: TinyConfig = TinyConfig()
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

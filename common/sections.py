@@ -45,6 +45,16 @@ class RunConfig(Section):
     ledger_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
 
 
+class TinyConfig(Section):
+    """The built-in model, for a run that names none.
+
+    Attributes:
+        num_experts: Of each layer, two of them for each token; 0 is a dense model.
+    """
+
+    num_experts: Annotated[int, Meta(ge=0, le=256)] = 0
+
+
 class DataFile(Section):
     """One file of prompts.
 
@@ -240,6 +250,7 @@ class LearnerConfig(Section):
         max_tokens_per_microbatch: Packed tokens of one forward pass; a longer sequence is left out and counted.
         checkpoint_every: Steps between checkpoints; there is one after the last step.
         keep_checkpoints: How many of the newest are kept.
+        routing_replay: Whether each token goes to the experts that the engine sent it to; for a model that has experts.
         parallel: How ranks share the model and the batch.
     """
 
@@ -247,6 +258,7 @@ class LearnerConfig(Section):
     max_tokens_per_microbatch: Count = 8192
     checkpoint_every: Count = 50
     keep_checkpoints: Count = 2
+    routing_replay: bool = False
     parallel: ParallelConfig = ParallelConfig()
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import msgspec
 
+from common import wire
 from common.architectures import check_architecture, read_object
 from common.config import Config
-from common.errors import DataError, ModelError, RunDirectoryError
+from common.errors import ConfigError, DataError, ModelError, RunDirectoryError
+from common.routes import MAX_EXPERTS, route_shape
 from common.sections import DataFile
-from common.shape import check_division, read_shape
+from common.shape import ModelShape, check_division, read_shape
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -52,7 +54,9 @@ def check_inputs(config: Config) -> None:
     num_parameters = count_parameters(Path(config.model)) if config.model else 0
     if config.model:
         check_positions(config)
-        check_division(read_shape(Path(config.model)), config.learner.parallel)
+        shape = read_shape(Path(config.model))
+        check_division(shape, config.learner.parallel)
+        check_routing(config, shape)
     check_space(config, num_parameters)
     check_port(config.run.host, config.run.ledger_port)
 
@@ -83,6 +87,31 @@ def check_positions(config: Config) -> None:
                 f"{path}: found max_position_embeddings = {positions}, expected at least data.max_prompt_tokens + "
                 f"{key}.max_tokens = {longest}"
             )
+
+
+def check_routing(config: Config, shape: ModelShape) -> None:
+    """Checks that the engine's routes can be replayed, and that a group that carries them fits a message.
+
+    Raises:
+        ConfigError: The model has no experts or too many, or the longest group is too large.
+    """
+    if not config.learner.routing_replay:
+        return
+    if not shape.is_moe:
+        raise ConfigError("learner.routing_replay: found true, expected false: the model has no experts")
+    if shape.total_experts > MAX_EXPERTS:
+        raise ConfigError(
+            f"learner.routing_replay: found true with the model's num_experts = {shape.total_experts}, expected at "
+            f"most {MAX_EXPERTS}: a routed expert travels as a byte"
+        )
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    size_bytes = config.group_size * longest * route_shape(shape).size_bytes
+    if size_bytes > wire.MAX_MESSAGE_BYTES // 2:
+        raise ConfigError(
+            f"learner.routing_replay: found true with up to {_gib(size_bytes)} of routed experts in a group, expected "
+            f"at most {_gib(wire.MAX_MESSAGE_BYTES // 2)}: group_size * (data.max_prompt_tokens + sampling.max_tokens) "
+            "* layers * num_experts_per_tok"
+        )
 
 
 def check_space(config: Config, num_parameters: int) -> None:

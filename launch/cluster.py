@@ -71,7 +71,7 @@ def _dry_run(config: Config) -> str:
     check_unused(path)
     check_inputs(config)
     if not config.model:
-        config = with_tiny_task(config, tiny_directory(config.seed))
+        config = with_tiny_task(config, tiny_directory(config))
     return describe(config, path)
 
 

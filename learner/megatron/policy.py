@@ -1,12 +1,13 @@
 """The policy: a Megatron model that gives logprobs, learns, and hands out its weights."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -20,6 +21,7 @@ from learner.megatron.convert import export_weights, import_weights
 from learner.megatron.logprobs import packed_logprobs
 from learner.megatron.model import build_model
 from learner.megatron.optimizer import Optimizer, wrap_model
+from learner.megatron.routing import RoutingReplay
 from learner.megatron.substitutes import substitute_transformer_engine
 from learner.megatron.weights import WeightFiles
 from learner.trainable import Loss, UpdateResult
@@ -48,6 +50,7 @@ class Policy:
         model = build_model(self._shape, dtype, self._device)
         import_weights(model, self._shape, files)
         self._module = model
+        self._routing = RoutingReplay(model) if config.learner.routing_replay else None
         self._model = wrap_model(model)
         self._optimizer = Optimizer(config, self._model, dtype)
         model.config.finalize_model_grads_func = _reduce_gradients
@@ -60,11 +63,11 @@ class Policy:
 
         Bit for bit what `update` gives its loss for the same micro-batch before it changes the weights.
         """
-        return self._forward(micro.token_ids, micro.position_ids, micro.sequence_starts, self._temperature)[0].cpu()
+        return self._forward_micro(micro)[0].cpu()
 
     @torch.no_grad()
     def sequence_logprobs(self, token_ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-        """Logprob of each token of one sequence at temperature 1, on the CPU; 0 for the first."""
+        """Logprob of each token of one sequence at temperature 1, on the CPU; 0 for the first. Nothing is replayed."""
         num_tokens = len(token_ids)
         starts = torch.tensor([0, num_tokens], dtype=torch.int32)
         return self._forward(token_ids.long(), torch.arange(num_tokens), starts, 1.0)[0].cpu()
@@ -88,6 +91,8 @@ class Policy:
             micro_batch_size=1,
             forward_only=False,
         )
+        if self._routing is not None:
+            self._routing.forget()
         grad_norm, finite = self._optimizer.step()
         return UpdateResult(grad_norm=grad_norm, skipped=not finite, lr=self._optimizer.lr)
 
@@ -120,12 +125,18 @@ class Policy:
         """One micro-batch, in the form that Megatron's schedules call."""
         assert model is self._model
         micro = next(micros)
-        logprobs, entropy = self._forward(micro.token_ids, micro.position_ids, micro.sequence_starts, self._temperature)
+        logprobs, entropy = self._forward_micro(micro)
 
         def total(logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             return loss(micro, logprobs.cpu(), entropy.cpu()), torch.zeros((), dtype=torch.int), {}
 
         return logprobs, total
+
+    def _forward_micro(self, micro: MicroBatch) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+        """`_forward` of a micro-batch at the sampling temperature, by the engine's routes where they are replayed."""
+        routes = micro.routed_experts
+        assert (routes is None) == (self._routing is None), "routed experts and learner.routing_replay differ"
+        return self._forward(micro.token_ids, micro.position_ids, micro.sequence_starts, self._temperature, routes)
 
     def _forward(
         self,
@@ -133,13 +144,14 @@ class Policy:
         position_ids: Int[Tensor, " tokens"],
         sequence_starts: Int[Tensor, " sequences_and_end"],
         temperature: float,
+        routes: UInt8[Tensor, "tokens choices"] | None = None,
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
         """Logprobs and entropies, on the compute device."""
         token_ids = token_ids.to(self._device)
         packed = packed_runs(sequence_starts, self._device)
-        hidden = self._model(
-            token_ids[None], position_ids.to(self._device)[None], attention_mask=None, packed_seq_params=packed
-        )
+        positions = position_ids.to(self._device)
+        with nullcontext() if self._routing is None else self._routing.forward(routes):
+            hidden = self._model(token_ids[None], positions[None], attention_mask=None, packed_seq_params=packed)
         starts = packed.cu_seqlens_q[:-1].long()
         return packed_logprobs(hidden[:, 0], self._module.output_weight, token_ids, starts, temperature)
 
