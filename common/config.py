@@ -7,19 +7,18 @@ from msgspec import Meta
 from common.contradictions import contradictions
 from common.errors import ConfigError
 from common.hardware import PlacementConfig
+from common.learning import LearnerConfig, LossConfig, OptimizerConfig
 from common.sections import (
     Count,
     DataConfig,
     EvaluationConfig,
     GeneratorConfig,
-    LearnerConfig,
     LeaseConfig,
-    LossConfig,
     Natural,
-    OptimizerConfig,
     RunConfig,
     SamplingConfig,
     Section,
+    TinyConfig,
     VerifierConfig,
     WeightsConfig,
 )
@@ -49,6 +48,7 @@ class Config(Section):
     updates_per_step: Count = 4
     max_staleness: Natural = 4
     run: RunConfig = RunConfig()
+    tiny: TinyConfig = TinyConfig()
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -4,7 +4,8 @@ import math
 from typing import TYPE_CHECKING
 
 from common.hardware import PlacementConfig
-from common.sections import LossConfig, OptimizerConfig, ParallelConfig, SamplingConfig
+from common.learning import LossConfig, OptimizerConfig, ParallelConfig
+from common.sections import SamplingConfig
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -20,6 +21,7 @@ def contradictions(config: "Config") -> Contradictions:
     """Whether each combination is there, and what to say then."""
     return [
         *_of_the_run(config),
+        *_of_the_tiny_model(config),
         *_of_evaluation(config),
         *_of_lengths(config),
         *_of_clips(config),
@@ -54,6 +56,24 @@ def _of_the_run(config: "Config") -> Contradictions:
         (
             config.sampling.temperature == 0,
             "sampling.temperature: found 0, expected more: a greedy group is uniform and teaches nothing",
+        ),
+    ]
+
+
+def _of_the_tiny_model(config: "Config") -> Contradictions:
+    num_experts = config.tiny.num_experts
+    return [
+        (
+            bool(config.model) and num_experts != 0,
+            f"tiny.num_experts: found {num_experts} with model = {config.model!r}, where it has no effect",
+        ),
+        (
+            num_experts == 1,
+            "tiny.num_experts: found 1, expected 0 or at least 2: each token goes to two",
+        ),
+        (
+            not config.model and not num_experts and config.learner.routing_replay,
+            "learner.routing_replay: found true with tiny.num_experts = 0, expected false: the model has no experts",
         ),
     ]
 

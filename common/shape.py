@@ -7,7 +7,8 @@ import msgspec
 
 from common.architectures import QWEN2, QWEN3_MOE, check_architecture
 from common.errors import ConfigError, ModelError
-from common.sections import EngineParallelConfig, ParallelConfig
+from common.learning import ParallelConfig
+from common.sections import EngineParallelConfig
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,17 +1,21 @@
 """The SGLang engine, in this process's event loop: the only module that knows sglang."""
 
+import base64
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from common import wire
 from common.config import Config
-from common.errors import ModelError, SluiceError
+from common.errors import ModelError, SluiceError, WireError
 from common.log import logger
+from common.routes import RouteShape, encode_routes, route_shape
+from common.shape import read_shape
 from common.versions import Version
 from common.wire import Completion, FinishReason, VersionSpan
 
@@ -42,6 +46,7 @@ class Engine:
         self._num_tokens = 0
         needs_text = bool(config.sampling.stop or config.evaluation.sampling.stop)
         self.eos_token_ids = _eos_token_ids(Path(config.model))
+        self._routes = route_shape(read_shape(Path(config.model))) if config.learner.routing_replay else None
         on_cpu = _prepare_environment()
         import sglang
 
@@ -55,9 +60,18 @@ class Engine:
         logger().info("engine_started")
 
     async def generate(
-        self, token_ids: NDArray[np.int32], sampling: wire.Sampling, *, seed: int, request_id: str
+        self,
+        token_ids: NDArray[np.int32],
+        sampling: wire.Sampling,
+        *,
+        seed: int,
+        request_id: str,
+        routed_experts: bool = False,
     ) -> Completion:
         """One completion of a prompt, sampled with `seed` under whatever versions the engine holds meanwhile.
+
+        With `routed_experts`, which needs `learner.routing_replay`, it carries them; those of a prefix that was in the
+        cache are the ones that it was cached with.
 
         Raises:
             EngineError: The engine refuses the request.
@@ -73,8 +87,14 @@ class Engine:
             return_logprob=True,
             logprob_start_len=-1,
             extra_key=str(asked_at),  # the prefix cache of other weights is not ours
+            return_routed_experts=routed_experts,
         )
-        completion = _completion(await self._ask(request), asked_at, seed)
+        answer = await self._ask(request)
+        completion = _completion(answer, asked_at, seed)
+        if routed_experts and completion.finish_reason is not FinishReason.ABORT:
+            assert self._routes is not None
+            routes = _routes_of(answer, len(token_ids) + completion.num_tokens, self._routes)
+            completion = msgspec.structs.replace(completion, routed_experts=routes)
         self._num_tokens += completion.num_tokens
         return completion
 
@@ -178,6 +198,15 @@ def _completion(answer: dict[str, Any], asked_at: Version, seed: int) -> Complet
     )
 
 
+def _routes_of(answer: dict[str, Any], num_tokens: int, shape: RouteShape) -> bytes:
+    meta = answer["meta_info"]
+    chosen = np.frombuffer(base64.b64decode(meta.get("routed_experts", "")), dtype=np.int32)
+    try:
+        return encode_routes(chosen, num_tokens, shape)
+    except WireError as error:
+        raise EngineError(f"SGLang answered {meta['id']} with wrong routes: {error}") from error
+
+
 def _prepare_environment() -> bool:
     """Sets what SGLang's processes inherit; returns whether there is no CUDA."""
     import torch
@@ -208,6 +237,7 @@ def _server_arguments(config: Config, on_cpu: bool, *, needs_text: bool) -> dict
         "skip_tokenizer_init": not needs_text,
         "log_level": "warning",
         "host": "127.0.0.1",
+        "enable_return_routed_experts": config.learner.routing_replay,
     }
     if on_cpu:
         arguments |= {

@@ -126,7 +126,13 @@ class Rollouts:
         try:
             completions = await asyncio.gather(
                 *(
-                    self._engine.generate(token_ids, lease.sampling, seed=lease.seed + i, request_id=request_id)
+                    self._engine.generate(
+                        token_ids,
+                        lease.sampling,
+                        seed=lease.seed + i,
+                        request_id=request_id,
+                        routed_experts=lease.routed_experts,
+                    )
                     for i, request_id in enumerate(ids)
                 )
             )

@@ -15,7 +15,7 @@ What this does not know: fused kernels, which keep less, and experts that get mo
 from typing import NamedTuple
 
 from common.config import Config
-from common.sections import ParallelConfig
+from common.learning import ParallelConfig
 from common.shape import ModelShape
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}

@@ -10,7 +10,7 @@ import msgspec
 
 from common.config import Config
 from common.errors import RunDirectoryError
-from common.sections import DataFile
+from common.sections import DataFile, TinyConfig
 from launch.plan import REPOSITORY, tiny_command
 from launch.processes import run_foreground
 
@@ -18,10 +18,11 @@ CACHE = REPOSITORY / ".cache" / "sluice"
 _NAME = "addition"
 
 
-def tiny_directory(seed: int, cache: Path = CACHE) -> Path:
-    """Where the build of this source and seed is, or will be."""
+def tiny_directory(config: Config, cache: Path = CACHE) -> Path:
+    """Where the build of this source, the seed and the number of experts is, or will be."""
     source = (REPOSITORY / "launch" / "tiny.py").read_bytes()
-    return cache / f"tiny-{hashlib.sha256(source + str(seed).encode()).hexdigest()[:12]}"
+    arguments = f"{config.seed} {config.tiny.num_experts}"
+    return cache / f"tiny-{hashlib.sha256(source + arguments.encode()).hexdigest()[:12]}"
 
 
 def with_tiny_task(config: Config, directory: Path) -> Config:
@@ -30,10 +31,11 @@ def with_tiny_task(config: Config, directory: Path) -> Config:
     train, test = (
         (DataFile(path=str(directory / f"{split}.jsonl"), name=_NAME, reward="exact"),) for split in ("train", "test")
     )
-    return replace(config, model=str(directory / "model"), data=replace(config.data, train=train, test=test))
+    data = replace(config.data, train=train, test=test)
+    return replace(config, model=str(directory / "model"), data=data, tiny=TinyConfig())
 
 
-def build_once(directory: Path, seed: int, notice: Callable[[str], None]) -> None:
+def build_once(directory: Path, config: Config, notice: Callable[[str], None]) -> None:
     """Builds what `directory` should hold, unless it is there; whole or not at all.
 
     Raises:
@@ -46,7 +48,7 @@ def build_once(directory: Path, seed: int, notice: Callable[[str], None]) -> Non
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        notice(run_foreground(tiny_command(temporary, seed)))
+        notice(run_foreground(tiny_command(temporary, config.seed, config.tiny.num_experts)))
         temporary.rename(directory)
     except OSError as error:
         if not directory.is_dir():  # another launcher may have been faster

@@ -9,13 +9,15 @@ from typing import Any
 
 import msgspec
 
+from common import wire
 from common.architectures import check_architecture, read_object
 from common.config import Config
 from common.errors import ConfigError, DataError, ModelError, RunDirectoryError
+from common.routes import MAX_EXPERTS, route_shape
 from common.sections import DataFile
 from common.shape import ModelShape, check_division, check_engine, read_shape
 from launch.activations import ITEM_BYTES
-from launch.estimate import check_fits
+from launch.estimate import check_fits, gib
 from launch.placement import place
 
 SIZES = Path(__file__).resolve().parent / "models"
@@ -100,6 +102,7 @@ def _check_model(config: Config, directory: Path) -> ModelShape:
     check_positions(config, directory)
     check_division(shape, config.learner.parallel)
     check_engine(shape, config.generator.parallel)
+    check_routing(config, shape)
     check_fits(config, shape)
     return shape
 
@@ -140,6 +143,31 @@ def check_positions(config: Config, directory: Path) -> None:
             )
 
 
+def check_routing(config: Config, shape: ModelShape) -> None:
+    """Checks that the engine's routes can be replayed, and that a group that carries them fits a message.
+
+    Raises:
+        ConfigError: The model has no experts or too many, or the longest group is too large.
+    """
+    if not config.learner.routing_replay:
+        return
+    if not shape.is_moe:
+        raise ConfigError("learner.routing_replay: found true, expected false: the model has no experts")
+    if shape.total_experts > MAX_EXPERTS:
+        raise ConfigError(
+            f"learner.routing_replay: found true with the model's num_experts = {shape.total_experts}, expected at "
+            f"most {MAX_EXPERTS}: a routed expert travels as a byte"
+        )
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    size_bytes = config.group_size * longest * route_shape(shape).size_bytes
+    if size_bytes > wire.MAX_MESSAGE_BYTES // 2:
+        raise ConfigError(
+            f"learner.routing_replay: found true with up to {gib(size_bytes)} of routed experts in a group, expected "
+            f"at most {gib(wire.MAX_MESSAGE_BYTES // 2)}: group_size * (data.max_prompt_tokens + sampling.max_tokens) "
+            "* layers * num_experts_per_tok"
+        )
+
+
 def check_space(config: Config, num_parameters: int) -> None:
     """Checks that `weights.dir` holds the published versions, and one in the making.
 
@@ -153,7 +181,7 @@ def check_space(config: Config, num_parameters: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise RunDirectoryError(
-            f"weights.dir: {directory}: found {_gib(free)} free, expected {_gib(needed)}: room for weights.keep + 1 = "
+            f"weights.dir: {directory}: found {gib(free)} free, expected {gib(needed)}: room for weights.keep + 1 = "
             f"{config.weights.keep + 1} versions"
         )
 
@@ -201,7 +229,3 @@ def _parameters_of(path: Path) -> int:
     if size_bytes != expected:
         raise ModelError(f"{path}: found {size_bytes:,} bytes, expected {expected:,}: the file is cut or damaged")
     return sum(math.prod(tensor["shape"]) for tensor in tensors)
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 30):.2f} GiB"

@@ -71,7 +71,7 @@ def _dry_run(config: Config) -> str:
     check_unused(path)
     shape = check_plan(config)
     if shape is None:
-        config = with_tiny_task(config, tiny_directory(config.seed))
+        config = with_tiny_task(config, tiny_directory(config))
     return describe(config, path, shape)
 
 

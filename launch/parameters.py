@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from common.sections import EngineParallelConfig, ParallelConfig
+from common.learning import ParallelConfig
+from common.sections import EngineParallelConfig
 from common.shape import ModelShape
 
 

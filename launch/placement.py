@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from common.config import Config
-from common.sections import ParallelConfig
+from common.learning import ParallelConfig
 
 
 class Rank(NamedTuple):

@@ -54,9 +54,10 @@ def prepare_command(run_dir: Path) -> tuple[str, ...]:
     return _python("learner.ledger", "--prepare", str(run_dir))
 
 
-def tiny_command(directory: Path, seed: int) -> tuple[str, ...]:
+def tiny_command(directory: Path, seed: int, num_experts: int = 0) -> tuple[str, ...]:
     """Builds the tiny model and its task."""
-    return _python("launch.tiny", str(directory), "--seed", str(seed))
+    experts = ("--experts", str(num_experts)) if num_experts else ()
+    return _python("launch.tiny", str(directory), "--seed", str(seed), *experts)
 
 
 def derived_numbers(config: Config) -> dict[str, int]:

@@ -36,8 +36,8 @@ def run(config: Config) -> int:
     remove_abandoned(Path(config.weights.dir))
     check_inputs(config)
     if not config.model:
-        tiny = tiny_directory(config.seed)
-        build_once(tiny, config.seed, display.notice)
+        tiny = tiny_directory(config)
+        build_once(tiny, config, display.notice)
         config = with_tiny_task(config, tiny)
         check_inputs(config)
     directory = RunDirectory.claim(path)

@@ -1,8 +1,9 @@
-"""`python -m launch.tiny DIR --seed N`: a tiny model and its task, for a real run on any machine in minutes.
+"""`python -m launch.tiny DIR --seed N [--experts E]`: a tiny model and its task, for a real run on any machine.
 
 The task is to add two numbers below 100: "07+45=" asks for "52". The model is a Qwen3 of two layers with a vocabulary
-of characters. Its warm-up imitates demonstrations with a systematic slip, carries that are dropped more often than not,
-so that it adds well where nothing carries and badly elsewhere: what is left is for reinforcement learning to find.
+of characters, or a Qwen3-MoE with E experts a layer, two of them for each token. Its warm-up imitates demonstrations
+with a systematic slip, carries that are dropped more often than not, so that it adds well where nothing carries and
+badly elsewhere: what is left is for reinforcement learning to find.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,12 +21,13 @@ from common.errors import ModelError, exit_on_error
 from common.vision import declare_vision_operators
 
 if TYPE_CHECKING:
-    from transformers import Qwen3ForCausalLM
+    from transformers import PreTrainedModel
 
 PAD, EOS = 0, 1
 TOKENS = ("<pad>", "<eos>", *"0123456789+= ", "<unk>")
 _IDS = {token: i for i, token in enumerate(TOKENS)}
 _VOCAB_SIZE = 64
+_EXPERTS_PER_TOKEN, _EXPERT_SIZE = 2, 128
 _PROMPT_TOKENS, _ANSWER_TOKENS = 6, 4
 _NUM_TEST, _NUM_VALIDATION = 500, 300
 _BATCH = 256
@@ -70,11 +72,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launch.tiny", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, metavar="DIR", help="made if it does not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the demonstrations")
+    parser.add_argument("--experts", type=int, default=0, help="of each layer; 0 builds a dense model")
     arguments = parser.parse_args()
-    build(arguments.directory, arguments.seed)
+    build(arguments.directory, arguments.seed, arguments.experts)
 
 
-def build(directory: Path, seed: int) -> None:
+def build(directory: Path, seed: int, num_experts: int) -> None:
     """Writes the model, its tokenizer and the prompts to `directory`.
 
     Raises:
@@ -84,7 +87,7 @@ def build(directory: Path, seed: int) -> None:
     torch.manual_seed(seed)
     began = time.monotonic()
     split = split_pairs(seed)
-    model = _new_model()
+    model = _new_model(num_experts)
     num_steps = _warm_up(model, split, random.Random(seed))  # noqa: S311
     accuracy = _accuracy(model, split.validation)
     if accuracy > _TOO_GOOD:
@@ -138,33 +141,49 @@ def save_tokenizer(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def _new_model() -> "Qwen3ForCausalLM":
+def _new_model(num_experts: int) -> "PreTrainedModel":
     declare_vision_operators()
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config = Qwen3Config(
-        vocab_size=_VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        tie_word_embeddings=False,
-        initializer_range=0.05,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
-        dtype="float32",
-    )
-    return Qwen3ForCausalLM(config)
+    if not num_experts:
+        return Qwen3ForCausalLM(Qwen3Config(**_shape()))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_shape(), **_experts(num_experts)))
 
 
-def _warm_up(model: "Qwen3ForCausalLM", split: Split, rng: random.Random) -> int:
+def _shape() -> dict[str, Any]:
+    """What both kinds of model have."""
+    return {
+        "vocab_size": _VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "tie_word_embeddings": False,
+        "initializer_range": 0.05,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": None,
+        "dtype": "float32",
+    }
+
+
+def _experts(num_experts: int) -> dict[str, Any]:
+    """What only the one with experts has."""
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": _EXPERTS_PER_TOKEN,
+        "moe_intermediate_size": _EXPERT_SIZE,
+        "norm_topk_prob": True,
+    }
+
+
+def _warm_up(model: "PreTrainedModel", split: Split, rng: random.Random) -> int:
     """Imitates slipped demonstrations until sums without a carry are right; returns the number of steps.
 
     Raises:
@@ -208,7 +227,7 @@ def _demonstrations(pairs: list[Pair], rng: random.Random) -> tuple[torch.Tensor
 
 
 @torch.no_grad()
-def _accuracy(model: "Qwen3ForCausalLM", pairs: list[Pair]) -> float:
+def _accuracy(model: "PreTrainedModel", pairs: list[Pair]) -> float:
     """Share of greedy answers that are the sum."""
     token_ids = torch.tensor([_encode(pair.prompt) for pair in pairs])
     for _ in range(_ANSWER_TOKENS):

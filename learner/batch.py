@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from common import wire
@@ -24,6 +24,8 @@ class Sequence:
         generator_logprobs: float32, shape [r].
         advantage: Of the completion in its group.
         staleness: Of the completion.
+        routed_experts: Of each token, layer by layer, uint8, shape [p + r, layers * top_k]; None where the learner
+            chooses itself.
     """
 
     prompt: np.ndarray
@@ -31,6 +33,7 @@ class Sequence:
     generator_logprobs: np.ndarray
     advantage: float
     staleness: int
+    routed_experts: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +55,7 @@ class MicroBatch:
         advantages: Float[S].
         staleness: Int[S].
         loss_mask: Bool[S], which completions the loss counts.
+        routed_experts: UInt8[T, layers * top_k]; None where the learner chooses itself.
     """
 
     token_ids: Int[Tensor, " tokens"]
@@ -63,6 +67,7 @@ class MicroBatch:
     advantages: Float[Tensor, " sequences"]
     staleness: Int[Tensor, " sequences"]
     loss_mask: Bool[Tensor, " sequences"]
+    routed_experts: UInt8[Tensor, "tokens choices"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -98,6 +103,7 @@ def group_sequences(
             generator_logprobs=wire.floats(completion.logprobs),
             advantage=float(advantages[i]),
             staleness=completion_staleness(completion, current, lineages),
+            routed_experts=_routed_experts(completion, len(prompt) + completion.num_tokens),
         )
         for i, completion in enumerate(scored.group.completions)
         if graded[i] and not is_masked(completion, config)
@@ -148,12 +154,22 @@ def split_long(sequences: list[Sequence], max_tokens: int) -> tuple[list[Sequenc
     return fitting, len(sequences) - len(fitting)
 
 
+def _routed_experts(completion: wire.Completion, num_tokens: int) -> np.ndarray | None:
+    """One row a token. The last, which the engine never saw and none attends to, is sent where the one before is."""
+    if not completion.routed_experts:
+        return None
+    rows = np.frombuffer(completion.routed_experts, np.uint8).reshape(num_tokens - 1, -1)
+    return np.concatenate([rows, rows[-1:]])
+
+
 def _micro_batch(packed: list[Sequence], *, counted: bool) -> MicroBatch:
     lengths = np.array([s.num_tokens for s in packed])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(packed)), lengths)
     positions = np.arange(starts[-1]) - starts[owner]
     prompt_lengths = np.array([len(s.prompt) for s in packed])
+    routes = [s.routed_experts for s in packed if s.routed_experts is not None]
+    assert len(routes) in (0, len(packed)), "routed experts of some completions and not of others"
     logprobs = [np.concatenate([np.full(len(s.prompt), np.nan, np.float32), s.generator_logprobs]) for s in packed]
     return MicroBatch(
         token_ids=torch.from_numpy(np.concatenate([part for s in packed for part in (s.prompt, s.response)])).long(),
@@ -165,4 +181,5 @@ def _micro_batch(packed: list[Sequence], *, counted: bool) -> MicroBatch:
         advantages=torch.tensor([s.advantage for s in packed], dtype=torch.float64),
         staleness=torch.tensor([s.staleness for s in packed]),
         loss_mask=torch.full((len(packed),), counted),
+        routed_experts=torch.from_numpy(np.concatenate(routes)) if routes else None,
     )

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from common.sections import LossConfig
+from common.learning import LossConfig
 from learner.batch import MicroBatch
 
 

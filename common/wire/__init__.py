@@ -1,7 +1,8 @@
 """The messages between processes: msgspec structs as msgpack, with per-token arrays as bytes.
 
 Per-token arrays are little-endian: token ids int32, logprobs float32, version spans int32 triples. A group costs
-8 bytes a token plus a small head; NumPy views of the bytes are free. Nothing here is ever unpickled.
+8 bytes a token plus a small head, and with routed experts one more for each expert that a token was sent to, in each
+layer; NumPy views of the bytes are free. Nothing here is ever unpickled.
 
 A request and its answer:
 

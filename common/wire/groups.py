@@ -50,6 +50,8 @@ class Completion(Message):
         versions: int32 bytes, triples (end, lineage, number) in order, the last end is the number of tokens.
         finish_reason: Why it ended.
         seed: Of its sampler.
+        routed_experts: uint8 bytes, the experts that the engine sent each token of prompt and response but the last to
+            (common/routes.py); from the forward passes that gave the logprobs. Empty unless the lease asks for them.
     """
 
     token_ids: bytes
@@ -57,6 +59,7 @@ class Completion(Message):
     versions: bytes
     finish_reason: FinishReason
     seed: int
+    routed_experts: bytes = b""
 
     @property
     def num_tokens(self) -> int:

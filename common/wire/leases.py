@@ -51,6 +51,7 @@ class Lease(Message):
         sampling: How.
         seed: Completion i samples with seed + i.
         pinned_version: For an evaluation: the version the engine should keep until it is done.
+        routed_experts: Whether the completions carry them.
     """
 
     key: LeaseKey
@@ -59,6 +60,7 @@ class Lease(Message):
     sampling: Sampling
     seed: int
     pinned_version: Version | None = None
+    routed_experts: bool = False
 
 
 class Leases(Message):

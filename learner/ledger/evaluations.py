@@ -12,6 +12,7 @@ from common import wire
 from common.config import Config
 from common.versions import Version
 from learner.ledger.judgement import malformed_reason, versions_of
+from learner.ledger.routes import unexpected_routes
 from learner.ledger.visits import Leasable
 
 OLD_ENGINE_AFTER_S = 10.0
@@ -173,7 +174,8 @@ class Evaluations:
         if visit.attempt != key.attempt or not visit.holder:
             return wire.Verdict(status="refused", reason=f"attempt {key.attempt} at evaluation {key.visit} is over")
         versions = versions_of(scored.group)
-        if reason := malformed_reason(scored, versions, self._config.evaluation.num_samples, num_lineages):
+        reason = malformed_reason(scored, versions, self._config.evaluation.num_samples, num_lineages)
+        if reason := reason or unexpected_routes(scored.group):
             self._give_back(visit)
             return wire.Verdict(status="refused", reason=f"malformed: {reason}")
         self._conclude(visit, _result(scored, versions))

@@ -19,6 +19,7 @@ def training_lease(store: Store, config: Config, visit: Visit) -> wire.Lease:
         num_completions=config.group_size,
         sampling=config.sampling.on_wire(),
         seed=lease_seed(config.seed, visit.key),
+        routed_experts=config.learner.routing_replay,
     )
 
 

@@ -19,6 +19,7 @@ from common.wire import VisitState
 from learner.ledger.book import Book
 from learner.ledger.judgement import MIN_GRADED, malformed_reason, num_graded, uniform_reason, versions_of
 from learner.ledger.returns import Returns
+from learner.ledger.routes import RoutesCheck, unexpected_routes
 from learner.ledger.track import START, Track
 from learner.ledger.visits import Changes, Head, Visit
 
@@ -36,6 +37,7 @@ class Ledger:
         config: Config,
         prompt_of: Callable[[int], tuple[int, str]],
         *,
+        routes_check: RoutesCheck = lambda _, group: unexpected_routes(group),
         head: Head | None = None,
         live: Iterable[Visit] = (),
         ended: Iterable[tuple[int, VisitState]] = (),
@@ -45,12 +47,13 @@ class Ledger:
         Args:
             config: Of the run.
             prompt_of: Row of a visit's prompt, and why the prompt is outside the limits (empty: it is not).
+            routes_check: What is wrong with the routed experts of a group, given its prompt's row.
             head: As drained last.
             live: Visits that have not ended.
             ended: Visits that have, with their state.
         """
         head = head or Head()
-        self._config, self._prompt_of = config, prompt_of
+        self._config, self._prompt_of, self._routes_check = config, prompt_of, routes_check
         self._book = Book(head.num_visits, live, ended)
         self.track, self.closing = Track(head), head.closing
         self._returns = Returns(config, self._book, self.track)
@@ -147,7 +150,8 @@ class Ledger:
             return self._late(key)
         config = self._config
         versions = versions_of(scored.group)
-        if reason := malformed_reason(scored, versions, config.group_size, len(self.track.lineages.branches)):
+        reason = malformed_reason(scored, versions, config.group_size, len(self.track.lineages.branches))
+        if reason := reason or self._routes_check(visit.prompt, scored.group):
             self._returns.give_back(visit, f"malformed: {reason}")
             return wire.Verdict(status="refused", reason=f"malformed: {reason}")
         visit.versions = versions

@@ -17,6 +17,7 @@ from common.config import Config
 from common.errors import DataError, RunDirectoryError
 from learner.ledger.evaluations import EvaluationChanges, Evaluations
 from learner.ledger.order import DataOrder, PromptRange
+from learner.ledger.routes import routes_check
 from learner.ledger.rows import evaluation_row, evaluation_visit_of, visit_of, visit_row
 from learner.ledger.schema import APPLICATION_ID, FILE, SCHEMA_VERSION, TABLES
 from learner.ledger.state import Ledger
@@ -149,6 +150,7 @@ class Store:
             DataError: No prompts were prepared.
         """
         order = self._order(config)
+        check = routes_check(config, lambda row: len(wire.ints(self.prompt(row).token_ids)))
         rejected = dict(self.rows("SELECT id, rejected FROM prompts WHERE rejected != ''"))
 
         def prompt_of(position: int) -> tuple[int, str]:
@@ -164,7 +166,7 @@ class Store:
                 ended.append((visit.number, visit.state))
             else:
                 live.append(visit)
-        return Ledger(config, prompt_of, head=head, live=live, ended=ended)
+        return Ledger(config, prompt_of, routes_check=check, head=head, live=live, ended=ended)
 
     def head(self) -> Head:
         """All but the visits."""

@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.sections import LearnerConfig, ParallelConfig
+from common.learning import LearnerConfig, ParallelConfig
 from common.shape import ModelShape
 from learner.megatron.attention import PackedAttention, RMSNorm
 from learner.megatron.recompute import recompute_options

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from common.errors import ConfigError
-from common.sections import ParallelConfig
+from common.learning import ParallelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the first one, and that one for groups: it has the deadline
 

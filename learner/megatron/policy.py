@@ -1,6 +1,7 @@
 """The policy: a Megatron model that gives logprobs, learns, and hands out its weights."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from learner.megatron.model import build_model
 from learner.megatron.optimizer import Optimizer, wrap_model
 from learner.megatron.parallel import Place
 from learner.megatron.reference import keep_reference
+from learner.megatron.routing import RoutingReplay
 from learner.megatron.substitutes import substitute_transformer_engine
 from learner.megatron.tokens import PackedTokens, Tokens, shard_tokens
 from learner.megatron.weights import WeightFiles
@@ -33,6 +35,7 @@ class _Packed(NamedTuple):
 
     token_ids: Tensor
     sequence_starts: Tensor
+    routed_experts: Tensor | None = None
 
 
 class Policy:
@@ -60,6 +63,7 @@ class Policy:
         dtype = torch.bfloat16 if config.learner.dtype == "bfloat16" else torch.float32
         self._pieces = build_model(self._shape, config.learner, dtype, self._device)
         import_weights(self._pieces, self._shape, self._place, files)
+        self._replays = [RoutingReplay(piece) for piece in self._pieces] if config.learner.routing_replay else []
         self._wrapped = wrap_model(self._pieces)
         self._optimizer = Optimizer(config, self._wrapped, dtype)
         self._reference = keep_reference(config, [p for piece in self._pieces for p in piece.parameters()])
@@ -108,6 +112,8 @@ class Policy:
             piece.zero_grad_buffer()
         self._optimizer.megatron.zero_grad()
         self._schedule(micros, partial(self._train_step, loss=loss), forward_only=False)
+        for replay in self._replays:
+            replay.forget()
         grad_norm, finite = self._optimizer.step()
         return UpdateResult(grad_norm=grad_norm, skipped=not finite, lr=self._optimizer.lr)
 
@@ -174,8 +180,17 @@ class Policy:
         """What a piece of the model makes of this rank's tokens."""
         tokens = shard_tokens(batch, self._place, self._device)
         positions = tokens.position_ids[None]
-        hidden = piece(tokens.token_ids[None], positions, attention_mask=None, packed_seq_params=tokens.packed)
+        with self._replaying(batch, tokens, piece):
+            hidden = piece(tokens.token_ids[None], positions, attention_mask=None, packed_seq_params=tokens.packed)
         return hidden, tokens
+
+    def _replaying(self, batch: PackedTokens, tokens: Tokens, piece: torch.nn.Module) -> AbstractContextManager[None]:
+        """Inside, a piece of the model sends its tokens where the engine sent them, if that is to be replayed."""
+        if not self._replays:
+            assert batch.routed_experts is None, "found routed experts without learner.routing_replay"
+            return nullcontext()
+        replay = self._replays[self._wrapped.index(piece)]  # type: ignore[arg-type]
+        return replay.forward(tokens.routes_of(batch))
 
     def _logprobs(
         self, hidden: Float[Tensor, "t 1 hidden"], tokens: Tokens, temperature: float

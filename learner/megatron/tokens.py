@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -23,12 +23,15 @@ class PackedTokens(Protocol):
     Attributes:
         token_ids: Int[T].
         sequence_starts: Int[S+1], where each begins, and T.
+        routed_experts: UInt8[T, choices], where the engine sent each; None where that is not to be replayed.
     """
 
     @property
     def token_ids(self) -> Tensor: ...
     @property
     def sequence_starts(self) -> Tensor: ...
+    @property
+    def routed_experts(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,16 @@ class Tokens:
     _found_at: Int[Tensor, " tokens"]
     _is_first: Tensor
     _context: Share
+    _sequence: Share | None
+
+    def routes_of(self, batch: PackedTokens) -> UInt8[Tensor, "t_of_a_router choices"] | None:
+        """Routes of the tokens that this rank's routers see: of its own, or its part where norms share them."""
+        if batch.routed_experts is None:
+            return None
+        routes = batch.routed_experts[self.micro_index]
+        if self._sequence is not None:
+            routes = routes.chunk(self._sequence.size)[self._sequence.rank]
+        return routes.to(self.token_ids.device)
 
     def of_the_batch(self, found: Float[Tensor, " t"]) -> Float[Tensor, " tokens"]:
         """What all ranks found for the targets, in the order of the micro-batch; 0 for the first of each sequence.
@@ -92,6 +105,7 @@ def shard_tokens(batch: PackedTokens, place: Place, device: torch.device) -> Tok
         _found_at=place_of[before].to(device),
         _is_first=(at == 0).to(device),
         _context=context,
+        _sequence=place.tensor if place.sequence else None,
     )
 
 

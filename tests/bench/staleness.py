@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 from common.config import Config
-from common.sections import LearnerConfig, LossConfig, SamplingConfig
+from common.learning import LearnerConfig, LossConfig
+from common.sections import SamplingConfig
 from common.versions import Lineages, Version
 from launch.tiny import split_pairs
 from learner.step import train_step

@@ -46,6 +46,12 @@ def _ranks(**sizes: int) -> dict[str, Any]:
             {"steps": 1, "groups_per_step": 1, "updates_per_step": 1, "loss": {"kl_coefficient": 0.1}},
             "loss.kl_coefficient: found 0.1 with steps = 1 and updates_per_step = 1",
         ),
+        ({"tiny": {"num_experts": 1}}, "tiny.num_experts: found 1, expected 0 or at least 2"),
+        (
+            {"model": "m", "data": {"train": "x"}, "tiny": {"num_experts": 8}},
+            "tiny.num_experts: found 8 with model = 'm', where it has no effect",
+        ),
+        ({"learner": {"routing_replay": True}}, "learner.routing_replay: found true with tiny.num_experts = 0"),
         (_ranks(data=2, expert=4), "learner.parallel.expert: found 4 with learner.parallel.expert_tensor = 1"),
         (_ranks(data=4, expert=2, expert_tensor=4), "expected a product that divides data * tensor * context = 4"),
         (_ranks(sequence=True), "learner.parallel.sequence: found true with learner.parallel.tensor = 1"),

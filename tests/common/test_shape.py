@@ -7,7 +7,7 @@ import pytest
 
 from common.architectures import QWEN3, QWEN3_MOE
 from common.errors import ConfigError
-from common.sections import ParallelConfig
+from common.learning import ParallelConfig
 from common.shape import ModelShape, check_division
 
 DENSE: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +27,25 @@ def manifest(path: Path, version: Version) -> wire.Manifest:
     return wire.Manifest(version=version, path=str(path), size_bytes=1, probe_token_ids=b"", probe_logprobs=b"")
 
 
-@pytest.fixture(scope="package")  # an idle engine keeps a core busy
-def running(tiny_model: Path) -> Generator[RunningEngine]:
-    """An engine that holds version 0.0 of the tiny model."""
-    loop = asyncio.new_event_loop()
+@contextmanager
+def running_engine(config: Config) -> Generator[RunningEngine]:
+    """An engine that holds version 0.0 of its model."""
+    loop, model = asyncio.new_event_loop(), Path(config.model)
 
     async def start() -> Engine:
-        engine = Engine(Config(model=str(tiny_model), generator=GeneratorConfig(max_total_tokens=16_384)))
-        await engine.load(manifest(tiny_model, Version(0, 0)))
+        engine = Engine(config)
+        await engine.load(manifest(model, Version(0, 0)))
         return engine
 
     policy = asyncio.get_event_loop_policy()
     engine = loop.run_until_complete(start())
     asyncio.set_event_loop_policy(policy)  # SGLang makes uvloop everyone's
-    yield RunningEngine(engine, loop.run_until_complete, tiny_model)
+    yield RunningEngine(engine, loop.run_until_complete, model)
     engine.shutdown()
+
+
+@pytest.fixture(scope="package")  # an idle engine keeps a core busy
+def running(tiny_model: Path) -> Generator[RunningEngine]:
+    """An engine of the tiny model."""
+    with running_engine(Config(model=str(tiny_model), generator=GeneratorConfig(max_total_tokens=16_384))) as running:
+        yield running

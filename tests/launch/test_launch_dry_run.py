@@ -7,7 +7,8 @@ import pytest
 
 from common.config import Config
 from common.layout import load_config
-from common.sections import DataConfig, DataFile, LearnerConfig, LossConfig, ParallelConfig, SamplingConfig
+from common.learning import LearnerConfig, LossConfig, ParallelConfig
+from common.sections import DataConfig, DataFile, SamplingConfig
 from launch.checks import count_parameters
 from launch.plan import REPOSITORY, derived_numbers, plan_processes
 from launch.resolved import to_toml

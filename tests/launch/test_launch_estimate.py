@@ -7,7 +7,8 @@ import pytest
 
 from common.architectures import QWEN2, QWEN3_MOE
 from common.config import Config
-from common.sections import EngineParallelConfig, ParallelConfig
+from common.learning import ParallelConfig
+from common.sections import EngineParallelConfig
 from common.shape import ModelShape
 from launch.activations import held_bytes, layer_bytes
 from launch.estimate import engine_memory, logits_bytes, rank_memory, update_bytes

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 from common.config import Config
 from common.layout import load_config
 from common.rendezvous import RunKeys
+from common.sections import TinyConfig
+from common.shape import read_shape
 from launch.builtin import build_once, tiny_directory, with_tiny_task
 from launch.checks import count_parameters
 from launch.cluster import LAYOUTS
@@ -65,25 +67,27 @@ def test_the_tokenizer_knows_characters(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "<eos>"
 
 
-def test_the_cache_is_named_by_source_and_seed(tmp_path: Path) -> None:
-    assert tiny_directory(0, tmp_path) == tiny_directory(0, tmp_path)
-    assert tiny_directory(0, tmp_path) != tiny_directory(1, tmp_path)
+def test_the_cache_is_named_by_source_seed_and_experts(tmp_path: Path) -> None:
+    assert tiny_directory(Config(), tmp_path) == tiny_directory(Config(steps=7), tmp_path)
+    others = [Config(), Config(seed=1), Config(tiny=TinyConfig(num_experts=8)), Config(tiny=TinyConfig(num_experts=4))]
+    assert len({tiny_directory(config, tmp_path) for config in others}) == len(others)
 
 
 def test_a_task_that_is_in_the_cache_is_not_built_again(tmp_path: Path) -> None:
     notices: list[str] = []
-    build_once(tmp_path, 0, notices.append)
+    build_once(tmp_path, Config(), notices.append)
     assert notices == []
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ProcessError):
-        build_once(tmp_path / "cache" / "tiny", -(2**70), lambda _: None)
+        build_once(tmp_path / "cache" / "tiny", Config(seed=-(2**70)), lambda _: None)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_the_tiny_task_fills_the_empty_keys(tmp_path: Path) -> None:
-    config = with_tiny_task(Config(), tmp_path)
+    config = with_tiny_task(Config(tiny=TinyConfig(num_experts=8)), tmp_path)
+    config.check()
     assert config.model == str(tmp_path / "model")
     assert [(f.path, f.name, f.reward) for f in config.data.train_files] == [
         (str(tmp_path / "train.jsonl"), "addition", "exact")
@@ -92,12 +96,14 @@ def test_the_tiny_task_fills_the_empty_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_tiny_model_is_built_and_the_ledger_takes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_experts", "num_parameters"), [(0, 410_000), (8, 900_000)])
+def test_the_tiny_model_is_built_and_the_ledger_takes_it(num_experts: int, num_parameters: int, tmp_path: Path) -> None:
     from common.layout import write_resolved
 
-    subprocess.run(tiny_command(tmp_path / "tiny", 1), cwd=REPOSITORY, check=True, timeout=300)
+    subprocess.run(tiny_command(tmp_path / "tiny", 1, num_experts), cwd=REPOSITORY, check=True, timeout=300)
     config = with_tiny_task(load_config(LAYOUTS / "local.toml", []), tmp_path / "tiny")
-    assert 300_000 < count_parameters(Path(config.model)) < 600_000
+    assert read_shape(Path(config.model)).total_experts == num_experts
+    assert count_parameters(Path(config.model)) == pytest.approx(num_parameters, rel=0.05)
     write_resolved(config, tmp_path)
     RunKeys.create(tmp_path)
     prepared = subprocess.run(

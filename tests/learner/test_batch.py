@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 
 from common import wire
 from common.config import Config
-from common.sections import LossConfig, SamplingConfig
+from common.learning import LossConfig
+from common.sections import SamplingConfig
 from common.versions import Lineages, Version
 from learner.advantage import group_advantages, overlong_penalty
 from learner.batch import Sequence, completion_staleness, group_sequences, pack, split_long

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from common.sections import LossConfig
+from common.learning import LossConfig
 from learner.batch import MicroBatch
 from learner.gspo import gspo_loss, proximal
 

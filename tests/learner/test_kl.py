@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from common.sections import LossConfig
+from common.learning import LossConfig
 from learner.gspo import gspo_loss, proximal
 from learner.kl import kl_loss
 from tests.learner.test_gspo import Example, packed, random_examples, reference

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.sections import LossConfig
+from common.learning import LossConfig
 from learner.advantage import group_advantages
 from learner.batch import MicroBatch, Sequence, pack
 from learner.gspo import trust_region

@@ -11,7 +11,8 @@ from torch import nn
 from common import wire
 from common.config import Config
 from common.errors import StallError
-from common.sections import LearnerConfig, LossConfig, OptimizerConfig, SamplingConfig
+from common.learning import LearnerConfig, LossConfig, OptimizerConfig
+from common.sections import SamplingConfig
 from common.versions import Lineages, Version
 from learner.measures import Measures, add_up, summarize
 from learner.step import SkipLimit, train_step

@@ -6,6 +6,7 @@ from typing import Any
 from common import wire
 from common.config import Config
 from common.versions import Version
+from learner.ledger.routes import RoutesCheck
 from learner.ledger.state import Ledger
 from learner.ledger.visits import Visit
 
@@ -14,9 +15,10 @@ V = [Version(0, number) for number in range(20)]
 REJECTED = 5
 
 
-def make_ledger(**values: Any) -> Ledger:
+def make_ledger(check: RoutesCheck | None = None, **values: Any) -> Ledger:
     defaults: dict[str, Any] = {"group_size": 2, "groups_per_step": 2, "updates_per_step": 1, "max_staleness": 1}
-    ledger = Ledger(Config(**{**defaults, **values}), lambda n: (n, "too long" if n == REJECTED else ""))
+    checked = {} if check is None else {"routes_check": check}
+    ledger = Ledger(Config(**{**defaults, **values}), lambda n: (n, "too long" if n == REJECTED else ""), **checked)
     ledger.begin(None)
     return ledger
 

@@ -3,7 +3,7 @@
 import pytest
 
 from common.errors import RefusedError
-from common.sections import LearnerConfig
+from common.learning import LearnerConfig
 from common.versions import Version
 from tests.learner.ledger.rules import MakeGroup, V, grant, make_ledger, train
 

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from common import wire
 from common.config import Config
 from common.errors import RefusedError
-from common.sections import LearnerConfig, LeaseConfig, LossConfig
+from common.learning import LearnerConfig, LossConfig
+from common.sections import LeaseConfig
 from common.versions import Version
 from common.wire import LeaseKey, VisitState
 from learner.ledger.evaluations import EvaluationChanges

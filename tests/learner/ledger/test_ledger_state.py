@@ -3,9 +3,12 @@
 import msgspec
 import pytest
 
+from common import wire
 from common.config import Config
 from common.errors import RefusedError
-from common.sections import LeaseConfig, LossConfig
+from common.learning import LossConfig
+from common.routes import RouteShape, routes_reason
+from common.sections import LeaseConfig
 from common.versions import Version
 from common.wire import LeaseKey, VisitState
 from learner.ledger.state import Ledger
@@ -267,3 +270,33 @@ def test_at_the_end_everything_that_is_not_trained_is_unused(make_group: MakeGro
     assert "all steps done" in scored.reason
     with pytest.raises(RefusedError):
         ledger.reserve(V[1], 2)
+
+
+def test_routes_that_nobody_asked_for_are_refused(make_group: MakeGroup) -> None:
+    ledger = make_ledger()
+    (visit,) = grant(ledger)
+    verdict = ledger.store(_with_routes(make_group(visit.key, V[0]), bytes(8)), b"")
+    assert verdict.status == "refused"
+    assert "found 16 routed experts, expected none" in verdict.reason
+    assert ledger.accounts()["waiting"] == 1
+
+
+def test_what_is_wrong_with_routes_sends_the_prompt_back(make_group: MakeGroup) -> None:
+    def check(prompt: int, group: wire.Group) -> str:
+        return routes_reason(group.completions[0].routed_experts, 3 + prompt, RouteShape(2, 8, 2))
+
+    ledger = make_ledger(check=check)
+    (visit,) = grant(ledger)
+    group = make_group(visit.key, V[0])
+    verdict = ledger.store(_with_routes(group, bytes(4)), b"")
+    assert verdict.reason == "malformed: found 4 routed experts, expected 2 tokens * 2 layers * 2 = 8"
+    (again,) = grant(ledger)
+    assert again.number == visit.number
+    group = make_group(again.key, V[0])
+    assert ledger.store(_with_routes(group, bytes(8)), b"").status == "stored"
+
+
+def _with_routes(scored: wire.ScoredGroup, routes: bytes) -> wire.ScoredGroup:
+    replace = msgspec.structs.replace
+    completions = tuple(replace(completion, routed_experts=routes) for completion in scored.group.completions)
+    return replace(scored, group=replace(scored.group, completions=completions))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from common.sections import ParallelConfig
+from common.learning import ParallelConfig
 from common.shape import read_shape
 from common.versions import Lineages, Version
 from launch.parameters import rank_parameters
