@@ -46,6 +46,38 @@ def _ranks(**sizes: int) -> dict[str, Any]:
             {"steps": 1, "groups_per_step": 1, "updates_per_step": 1, "loss": {"kl_coefficient": 0.1}},
             "loss.kl_coefficient: found 0.1 with steps = 1 and updates_per_step = 1",
         ),
+        ({"max_staleness": 1, "loss": {"proximal": "interpolate"}}, "'interpolate' with max_staleness = 1"),
+        ({**FRESH, "loss": {"proximal": "interpolate"}}, "'interpolate' with max_staleness = 0, expected 'generator'"),
+        (
+            {"loss": {"narrowing": 0.5, "narrowing_floor": 1.0}},
+            "loss.narrowing: found 0.5 with loss.narrowing_floor = 1, where it has no effect",
+        ),
+        ({"optimizer": {"warmup_share": 0.001}}, "optimizer.warmup_share: found 0.001 of 400 updates"),
+        (
+            {"optimizer": {"schedule": "cosine", "final_lr_share": 1.0}},
+            "optimizer.schedule: found 'cosine' with optimizer.final_lr_share = 1",
+        ),
+        ({"optimizer": {"max_skipped_steps": 101}}, "optimizer.max_skipped_steps: found 101 with steps = 100"),
+        ({"sampling": {"top_k": 1}}, "sampling.top_k: found 1, expected 0 or at least 2"),
+        ({"run": {"name": "mine", "dir": "there"}}, "run.name: found 'mine' with run.dir = 'there'"),
+        (
+            {"model": "m", "data": {"train": [{"path": "x", "weight": 2.0}]}},
+            "data.train: x: found a weight of 2 for the only file",
+        ),
+        (
+            {"model": "m", "data": {"train": "x", "test": [{"path": "y"}, {"path": "z", "weight": 0.5}]}},
+            "data.test: z: found a weight of 0.5, where it has no effect",
+        ),
+        (
+            {"group_size": 2, **_ranks(data=16)},
+            "learner.parallel.data: found 16, expected at most groups_per_step / updates_per_step * group_size = 8",
+        ),
+        (
+            {"generator": {"dtype": "bfloat16", "gate_max": 0.1}},
+            "generator.gate_max: found 0.1 with generator.dtype = 'bfloat16', where it has no effect",
+        ),
+        ({"generator": {"gate_mean": 0.5}}, "generator.gate_mean: found 0.5 with generator.dtype = 'float32'"),
+        ({"generator": {"gate_p99": 0.5}}, "generator.gate_p99: found 0.5 with generator.dtype = 'float32'"),
         ({"tiny": {"num_experts": 1}}, "tiny.num_experts: found 1, expected 0 or at least 2"),
         (
             {"model": "m", "data": {"train": "x"}, "tiny": {"num_experts": 8}},
@@ -81,6 +113,11 @@ def test_a_contradiction_is_refused(changes: dict[str, Any], message: str) -> No
         {"loss": {"overlong_buffer": 100, "overlong_factor": 0.5, "advantage": "leave_one_out"}},
         {"optimizer": {"schedule": "cosine", "warmup_share": 0.1, "final_lr_share": 0.1}},
         {"loss": {"proximal": "generator"}},
+        {"max_staleness": 2, "loss": {"proximal": "interpolate"}},
+        {"loss": {"narrowing": 0.5, "narrowing_floor": 0.9}},
+        {"steps": 3, "optimizer": {"warmup_share": 0.1}},
+        {"model": "m", "data": {"train": [{"path": "x", "weight": 2.0}, {"path": "y"}]}},
+        {"generator": {"gate_max": 0.1}},
         {"loss": {"kl_coefficient": 0.1}, "steps": 1},
     ],
 )
