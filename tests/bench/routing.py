@@ -1,4 +1,4 @@
-"""Routing replay: how far engine and learner are apart on tiny models with experts, in bfloat16, without and with it."""
+"""Routing replay: how far engine and learner are apart on tiny models with experts, without and with it."""
 
 import asyncio
 import dataclasses
