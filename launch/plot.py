@@ -86,7 +86,7 @@ def _clipping(panel: "Axes", rows: list[Row]) -> None:
         panel.plot(_steps(rows), values, color=color, alpha=0.25)
         panel.plot(_steps(rows), smooth(values), color=color, label=label)
     panel.set_ylim(bottom=0)
-    panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     panel.legend(loc="best")
 
 

@@ -23,10 +23,10 @@ STATES = {"waiting", "leased", "scored", "reserved", "trained", "filtered", "rej
 class Run:
     """A run of `launch/cluster.py`, under way or ended."""
 
-    def __init__(self, directory: Path, overrides: tuple[str, ...]) -> None:
+    def __init__(self, directory: Path, layout: str, overrides: tuple[str, ...]) -> None:
         self.directory = directory
         self._output = directory.with_suffix(".out").open("w+")
-        command = [sys.executable, "launch/cluster.py", "--layout", "local", f"run.dir={directory}", *overrides]
+        command = [sys.executable, "launch/cluster.py", "--layout", layout, f"run.dir={directory}", *overrides]
         self.launcher = subprocess.Popen(
             command, cwd=REPOSITORY, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -122,8 +122,8 @@ def start_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts runs, and ends what is left of them."""
     runs: list[Run] = []
 
-    def start(*overrides: str, name: str = "run") -> Run:
-        runs.append(Run(tmp_path / name, overrides))
+    def start(*overrides: str, name: str = "run", layout: str = "local") -> Run:
+        runs.append(Run(tmp_path / name, layout, overrides))
         return runs[-1]
 
     yield start

@@ -10,16 +10,29 @@ TWENTY = ("steps=20", "evaluation.every=20", "learner.checkpoint_every=20")
 
 
 def test_accuracy_rises_in_twenty_steps_and_with_shuffled_rewards_it_does_not(start_run: Callable[..., Run]) -> None:
-    """The same run twice; the control permutes each group's rewards, so that they say nothing of the answers."""
-    gains = {}
+    gains = _gains(start_run, "local")
+    assert gains["false"] > 0.3, gains
+    assert gains["true"] < 0.1, gains
+
+
+@pytest.mark.timeout(1500)
+def test_eight_ranks_that_share_experts_learn_along_the_routes_of_the_engine(start_run: Callable[..., Run]) -> None:
+    gains = _gains(start_run, "ep8-tiny")
+    assert gains["false"] > 0.2, gains
+    assert gains["true"] < 0.1, gains
+
+
+def _gains(start_run: Callable[..., Run], layout: str) -> dict[str, float]:
+    """Of a layout's run and of a control, which permutes each group's rewards, so that they say nothing of answers."""
+    gains: dict[str, float] = {}
     for shuffled in ("false", "true"):
-        run = start_run(*TWENTY, f"loss.shuffle_rewards={shuffled}", name=f"shuffled-{shuffled}")
-        assert run.wait() == 0, run.output()[-3000:]
+        name = f"shuffled-{shuffled}"
+        run = start_run(*TWENTY, f"loss.shuffle_rewards={shuffled}", name=name, layout=layout)
+        assert run.wait(700) == 0, run.output()[-3000:]
         run.assert_sound()
         accuracies = run.accuracies()
         gains[shuffled] = accuracies[20] - accuracies[0]
-    assert gains["false"] > 0.3, gains
-    assert gains["true"] < 0.1, gains
+    return gains
 
 
 @pytest.mark.full
