@@ -95,13 +95,18 @@ def rank_memory(config: Config, shape: ModelShape, stage: int) -> RankMemory:
 
 
 def logits_bytes(config: Config, shape: ModelShape) -> int:
-    """Of the logprobs: three chunks of logits in float32 forward; one, the output layer's gradient and its sum back."""
+    """Of the logprobs: chunks of logits in float32 forward; one, the output layer's gradient and its sum back.
+
+    Forward there are three at a time, or two of them where ranks share the vocabulary and work in place.
+    """
     item = ITEM_BYTES[config.learner.dtype]
     rows = shape.vocab_size // config.learner.parallel.tensor
     tokens = config.learner.max_tokens_per_microbatch // config.learner.parallel.context
-    chunk = min(tokens, max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // rows)) * rows
+    num_chunks = max(1, tokens // max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // rows))
+    chunk = -(-tokens // num_chunks) * rows
     copy = item if item == 2 else 0  # in the weights' dtype
-    return max(3 * 4 * chunk, (4 + copy) * chunk + (4 + item) * rows * shape.hidden_size)
+    chunks = 3 if config.learner.parallel.tensor == 1 else 2
+    return max(chunks * 4 * chunk, (4 + copy) * chunk + (4 + item) * rows * shape.hidden_size)
 
 
 def engine_memory(config: Config, shape: ModelShape) -> EngineMemory:
