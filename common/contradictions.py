@@ -71,17 +71,19 @@ def _of_the_run(config: "Config") -> Contradictions:
 
 def _of_the_tiny_model(config: "Config") -> Contradictions:
     num_experts = config.tiny.num_experts
+    is_built_in = not config.model and not config.made_for
     return [
         (
-            bool(config.model) and num_experts != 0,
-            f"tiny.num_experts: found {num_experts} with model = {config.model!r}, where it has no effect",
+            not is_built_in and num_experts != 0,
+            f"tiny.num_experts: found {num_experts} with model = {config.model or config.made_for!r}, where it has no "
+            "effect",
         ),
         (
             num_experts == 1,
             "tiny.num_experts: found 1, expected 0 or at least 2: each token goes to two",
         ),
         (
-            not config.model and not num_experts and config.learner.routing_replay,
+            is_built_in and not num_experts and config.learner.routing_replay,
             "learner.routing_replay: found true with tiny.num_experts = 0, expected false: the model has no experts",
         ),
     ]

@@ -83,6 +83,7 @@ def _ranks(**sizes: int) -> dict[str, Any]:
             {"model": "m", "data": {"train": "x"}, "tiny": {"num_experts": 8}},
             "tiny.num_experts: found 8 with model = 'm', where it has no effect",
         ),
+        ({"made_for": "M", "tiny": {"num_experts": 8}}, "tiny.num_experts: found 8 with model = 'M'"),
         ({"learner": {"routing_replay": True}}, "learner.routing_replay: found true with tiny.num_experts = 0"),
         (_ranks(data=2, expert=4), "learner.parallel.expert: found 4 with learner.parallel.expert_tensor = 1"),
         (_ranks(data=4, expert=2, expert_tensor=4), "expected a product that divides data * tensor * context = 4"),
@@ -118,6 +119,7 @@ def test_a_contradiction_is_refused(changes: dict[str, Any], message: str) -> No
         {"steps": 3, "optimizer": {"warmup_share": 0.1}},
         {"model": "m", "data": {"train": [{"path": "x", "weight": 2.0}, {"path": "y"}]}},
         {"generator": {"gate_max": 0.1}},
+        {"made_for": "M", "learner": {"routing_replay": True}},
         {"loss": {"kl_coefficient": 0.1}, "steps": 1},
     ],
 )
