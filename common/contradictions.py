@@ -3,18 +3,19 @@
 import math
 from typing import TYPE_CHECKING
 
+from common.contradictions_of_data import Contradictions, contradictions_of_data
 from common.hardware import PlacementConfig
 from common.learning import LossConfig, OptimizerConfig, ParallelConfig
-from common.sections import SamplingConfig
+from common.sections import GeneratorConfig, RunConfig
 
 if TYPE_CHECKING:
     from common.config import Config
 
-Contradictions = list[tuple[bool, str]]
+_GENERATOR = GeneratorConfig()
 _LOSS = LossConfig()
 _OPTIMIZER = OptimizerConfig()
 _PLACEMENT = PlacementConfig()
-_SAMPLING = SamplingConfig()
+_RUN = RunConfig()
 
 
 def contradictions(config: "Config") -> Contradictions:
@@ -22,12 +23,12 @@ def contradictions(config: "Config") -> Contradictions:
     return [
         *_of_the_run(config),
         *_of_the_tiny_model(config),
-        *_of_evaluation(config),
-        *_of_lengths(config),
+        *contradictions_of_data(config),
         *_of_clips(config),
         *_of_the_reference(config),
         *_of_rates(config),
         *_of_ranks(config.learner.parallel),
+        *_of_shares(config),
         *_of_machines(config),
         *_of_engines(config),
     ]
@@ -57,78 +58,33 @@ def _of_the_run(config: "Config") -> Contradictions:
             config.sampling.temperature == 0,
             "sampling.temperature: found 0, expected more: a greedy group is uniform and teaches nothing",
         ),
+        (
+            config.sampling.top_k == 1,
+            "sampling.top_k: found 1, expected 0 or at least 2: a greedy group is uniform and teaches nothing",
+        ),
+        (
+            bool(config.run.dir) and config.run.name != _RUN.name,
+            f"run.name: found {config.run.name!r} with run.dir = {config.run.dir!r}, where it has no effect",
+        ),
     ]
 
 
 def _of_the_tiny_model(config: "Config") -> Contradictions:
     num_experts = config.tiny.num_experts
+    is_built_in = not config.model and not config.made_for
     return [
         (
-            bool(config.model) and num_experts != 0,
-            f"tiny.num_experts: found {num_experts} with model = {config.model!r}, where it has no effect",
+            not is_built_in and num_experts != 0,
+            f"tiny.num_experts: found {num_experts} with model = {config.model or config.made_for!r}, where it has no "
+            "effect",
         ),
         (
             num_experts == 1,
             "tiny.num_experts: found 1, expected 0 or at least 2: each token goes to two",
         ),
         (
-            not config.model and not num_experts and config.learner.routing_replay,
+            is_built_in and not num_experts and config.learner.routing_replay,
             "learner.routing_replay: found true with tiny.num_experts = 0, expected false: the model has no experts",
-        ),
-    ]
-
-
-def _of_evaluation(config: "Config") -> Contradictions:
-    num_samples, sampling = config.evaluation.num_samples, config.evaluation.sampling
-    greedy = sampling.temperature == 0
-    return [
-        (
-            num_samples > 1 and greedy,
-            f"evaluation.num_samples: found {num_samples} at evaluation.sampling.temperature = 0, "
-            "expected 1: greedy samples are all the same",
-        ),
-        *(
-            (
-                greedy and getattr(sampling, key) != getattr(_SAMPLING, key),
-                f"evaluation.sampling.{key}: found {getattr(sampling, key):g} at evaluation.sampling.temperature = 0, "
-                "where it has no effect",
-            )
-            for key in ("top_p", "top_k")
-        ),
-    ]
-
-
-def _of_lengths(config: "Config") -> Contradictions:
-    loss, longest = config.loss, config.data.max_prompt_tokens + config.sampling.max_tokens
-    evaluated = config.data.max_prompt_tokens + config.evaluation.sampling.max_tokens
-    copies = config.generator.parallel.data
-    cached = config.generator.max_total_tokens // copies
-    share = "" if copies == 1 else f" // generator.parallel.data = {cached}"
-    return [
-        (
-            longest > config.learner.max_tokens_per_microbatch,
-            f"learner.max_tokens_per_microbatch: found {config.learner.max_tokens_per_microbatch}, expected at least "
-            f"data.max_prompt_tokens + sampling.max_tokens = {longest}",
-        ),
-        (
-            longest > cached,
-            f"generator.max_total_tokens: found {config.generator.max_total_tokens}{share}, expected at least "
-            f"data.max_prompt_tokens + sampling.max_tokens = {longest}",
-        ),
-        (
-            evaluated > cached,
-            f"generator.max_total_tokens: found {config.generator.max_total_tokens}{share}, expected at least "
-            f"data.max_prompt_tokens + evaluation.sampling.max_tokens = {evaluated}",
-        ),
-        (
-            loss.overlong_buffer > config.sampling.max_tokens,
-            f"loss.overlong_buffer: found {loss.overlong_buffer}, expected at most sampling.max_tokens = "
-            f"{config.sampling.max_tokens}",
-        ),
-        (
-            loss.overlong_buffer == 0 and loss.overlong_factor != _LOSS.overlong_factor,
-            f"loss.overlong_factor: found {loss.overlong_factor:g} with loss.overlong_buffer = 0, where it has no "
-            "effect",
         ),
     ]
 
@@ -141,6 +97,11 @@ def _of_clips(config: "Config") -> Contradictions:
             loss.proximal != "recompute" and config.updates_per_step == 1 and fresh,
             f"loss.proximal: found {loss.proximal!r} with updates_per_step = 1 and max_staleness = 0, expected "
             "'recompute': no ratio differs from 1 there",
+        ),
+        (
+            loss.proximal == "interpolate" and config.max_staleness <= 1,
+            f"loss.proximal: found 'interpolate' with max_staleness = {config.max_staleness}, expected 'generator' or "
+            "'recompute': up to a staleness of 1 the mixture is the generator's alone",
         ),
         (
             loss.clip_low >= 1,
@@ -167,6 +128,10 @@ def _of_clips(config: "Config") -> Contradictions:
             loss.narrowing == 0 and loss.narrowing_floor != _LOSS.narrowing_floor,
             f"loss.narrowing_floor: found {loss.narrowing_floor:g} with loss.narrowing = 0, where it has no effect",
         ),
+        (
+            loss.narrowing != 0 and loss.narrowing_floor == 1,
+            f"loss.narrowing: found {loss.narrowing:g} with loss.narrowing_floor = 1, where it has no effect",
+        ),
     ]
 
 
@@ -188,7 +153,23 @@ def _of_the_reference(config: "Config") -> Contradictions:
 def _of_rates(config: "Config") -> Contradictions:
     optimizer = config.optimizer
     constant = optimizer.schedule == "constant"
+    num_updates = config.steps * config.updates_per_step
     return [
+        (
+            optimizer.warmup_share > 0 and round(optimizer.warmup_share * num_updates) == 0,
+            f"optimizer.warmup_share: found {optimizer.warmup_share:g} of {num_updates} updates, where it has no "
+            "effect: it is less than one",
+        ),
+        (
+            not constant and optimizer.final_lr_share == 1,
+            f"optimizer.schedule: found {optimizer.schedule!r} with optimizer.final_lr_share = 1, where it has no "
+            "effect",
+        ),
+        (
+            optimizer.max_skipped_steps != _OPTIMIZER.max_skipped_steps and optimizer.max_skipped_steps > config.steps,
+            f"optimizer.max_skipped_steps: found {optimizer.max_skipped_steps} with steps = {config.steps}, where it "
+            "has no effect",
+        ),
         (
             optimizer.warmup_steps > config.steps,
             f"optimizer.warmup_steps: found {optimizer.warmup_steps}, expected at most steps = {config.steps}",
@@ -236,6 +217,18 @@ def _of_ranks(parallel: ParallelConfig) -> Contradictions:
     ]
 
 
+def _of_shares(config: "Config") -> Contradictions:
+    data = config.learner.parallel.data
+    sequences = config.groups_per_step // config.updates_per_step * config.group_size
+    return [
+        (
+            data > sequences,
+            f"learner.parallel.data: found {data}, expected at most groups_per_step / updates_per_step * group_size = "
+            f"{sequences}: a replica would have no completion of an update",
+        ),
+    ]
+
+
 def _of_machines(config: "Config") -> Contradictions:
     placement, ranks = config.placement, config.learner.parallel.num_ranks
     gpus = placement.gpus_per_node
@@ -274,5 +267,13 @@ def _of_engines(config: "Config") -> Contradictions:
             f"generator.parallel: found tensor * data = {parallel.num_gpus}, expected at most "
             f"placement.gpus_per_node = {gpus}: an engine is on one node"
             + (", and on a CPU is one process" if gpus == 0 else ""),
+        ),
+        *(
+            (
+                config.generator.dtype == dtype and getattr(config.generator, key) != getattr(_GENERATOR, key),
+                f"generator.{key}: found {getattr(config.generator, key):g} with generator.dtype = {dtype!r}, where it "
+                "has no effect",
+            )
+            for key, dtype in (("gate_max", "bfloat16"), ("gate_mean", "float32"), ("gate_p99", "float32"))
         ),
     ]

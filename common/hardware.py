@@ -2,7 +2,7 @@
 
 from common.sections import Natural, Positive, Section
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 class PlacementConfig(Section):

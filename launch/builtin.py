@@ -20,7 +20,7 @@ _NAME = "addition"
 
 def tiny_directory(config: Config, cache: Path = CACHE) -> Path:
     """Where the build of this source, the seed and the number of experts is, or will be."""
-    source = (REPOSITORY / "launch" / "tiny.py").read_bytes()
+    source = b"".join((REPOSITORY / "launch" / name).read_bytes() for name in ("tiny.py", "tiny_sizes.py"))
     arguments = f"{config.seed} {config.tiny.num_experts}"
     return cache / f"tiny-{hashlib.sha256(source + arguments.encode()).hexdigest()[:12]}"
 

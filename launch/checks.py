@@ -17,10 +17,13 @@ from common.routes import MAX_EXPERTS, route_shape
 from common.sections import DataFile
 from common.shape import ModelShape, check_division, check_engine, read_shape
 from launch.activations import ITEM_BYTES
-from launch.estimate import check_fits, gib
-from launch.placement import place
+from launch.estimate import check_fits, readable
+from launch.parameters import model_parameters
+from launch.placement import Placement, place
+from launch.tiny_sizes import tiny_shape
 
 SIZES = Path(__file__).resolve().parent / "models"
+DEVICES = Path("/dev")
 
 
 def resolve_paths(config: Config, base: Path) -> Config:
@@ -44,8 +47,8 @@ def resolve_paths(config: Config, base: Path) -> Config:
     )
 
 
-def check_inputs(config: Config) -> None:
-    """Checks all that the run reads and needs, and that costs nothing to look at.
+def check_inputs(config: Config) -> ModelShape:
+    """Checks all that the run reads and needs, and that costs nothing to look at; the model's sizes.
 
     Raises:
         UsageError: Something is missing, broken, too small or taken.
@@ -57,34 +60,32 @@ def check_inputs(config: Config) -> None:
             f"layout is made for: hf download {config.made_for} --local-dir DIR"
         )
     num_parameters = count_parameters(Path(config.model)) if config.model else 0
-    if config.model:
-        _check_model(config, Path(config.model))
-    if config.placement.gpus_per_node and (nodes := place(config).num_nodes) > 1:
-        raise ConfigError(
-            f"placement: found {nodes} nodes of {config.placement.gpus_per_node} GPUs, expected 1: processes on other "
-            "machines are not started yet; --dry-run shows the plan"
-        )
-    check_space(config, num_parameters)
+    shape, where = _shape(config)
+    _check_shape(config, shape, where)
+    if config.placement.gpus_per_node:
+        _check_machine(place(config), config.placement.gpus_per_node)
+    check_space(config, num_parameters or model_parameters(shape))
     check_port(config.run.host, config.run.ledger_port)
+    return shape
 
 
-def check_plan(config: Config) -> ModelShape | None:
+def check_plan(config: Config) -> ModelShape:
     """The checks of a dry run, which may be far from the machines of the run; the model's sizes.
 
-    A directory may hold `config.json` alone. Without `model` the sizes are those of `made_for`; None where the tiny
-    model will be built. Where no GPUs are assigned the run would be here, so that space and port are looked at, too.
+    A directory may hold `config.json` alone. Without `model` the sizes are those of `made_for`, or of the tiny model.
+    Where no GPUs are assigned the run would be here, so that space and port are looked at, too.
 
     Raises:
         UsageError: Something is missing, broken, too small or taken.
     """
     _check_files(config)
-    directory = Path(config.model) if config.model else _sizes(config.made_for) if config.made_for else None
     num_parameters = 0
     if config.model and (any(Path(config.model).glob("*.safetensors*")) or not Path(config.model).is_dir()):
         num_parameters = count_parameters(Path(config.model))
-    shape = _check_model(config, directory) if directory else None
+    shape, where = _shape(config)
+    _check_shape(config, shape, where)
     if config.placement.gpus_per_node == 0:
-        check_space(config, num_parameters)
+        check_space(config, num_parameters or model_parameters(shape))
         check_port(config.run.host, config.run.ledger_port)
     return shape
 
@@ -96,15 +97,36 @@ def _check_files(config: Config) -> None:
                 raise DataError(f"{key}: {file.path}: not found, expected a file of prompts")
 
 
-def _check_model(config: Config, directory: Path) -> ModelShape:
+def _shape(config: Config) -> tuple[ModelShape, str]:
+    """The sizes of the run's model, and where they are from."""
+    if not config.model and not config.made_for:
+        return tiny_shape(config.tiny.num_experts), "the built-in model"
+    directory = Path(config.model) if config.model else _sizes(config.made_for)
+    return read_shape(directory), str(directory / "config.json")
+
+
+def _check_shape(config: Config, shape: ModelShape, where: str) -> None:
     """What can be said of a model by its sizes."""
-    shape = read_shape(directory)
-    check_positions(config, directory)
+    check_positions(config, shape, where)
     check_division(shape, config.learner.parallel)
     check_engine(shape, config.generator.parallel)
     check_routing(config, shape)
     check_fits(config, shape)
-    return shape
+
+
+def _check_machine(placement: Placement, gpus_per_node: int) -> None:
+    """Checks that this machine is all that the run takes, and that it has the GPUs."""
+    if placement.num_nodes > 1:
+        raise ConfigError(
+            f"placement: found {placement.num_nodes} nodes of {gpus_per_node} GPUs, expected 1: processes on other "
+            "machines are not started yet; --dry-run shows the plan"
+        )
+    num_here = len(list(DEVICES.glob("nvidia[0-9]*")))
+    if placement.num_gpus > num_here:
+        raise ConfigError(
+            f"placement: found {placement.num_gpus} GPUs for learner ranks and engines, expected at most the "
+            f"{num_here} of this machine; --dry-run shows the plan"
+        )
 
 
 def _sizes(made_for: str) -> Path:
@@ -126,19 +148,18 @@ def count_parameters(model: Path) -> int:
     return sum(_parameters_of(path) for path in _weight_files(model))
 
 
-def check_positions(config: Config, directory: Path) -> None:
+def check_positions(config: Config, shape: ModelShape, where: str) -> None:
     """Checks that the model has a position for each token of the longest prompt with the longest response.
 
     Raises:
         ModelError: It has fewer.
     """
-    path = directory / "config.json"
-    positions = read_object(path, "").get("max_position_embeddings")
+    positions = shape.max_position_embeddings
     for key, sampling in (("sampling", config.sampling), ("evaluation.sampling", config.evaluation.sampling)):
         longest = config.data.max_prompt_tokens + sampling.max_tokens
-        if isinstance(positions, int) and positions < longest:
+        if positions < longest:
             raise ModelError(
-                f"{path}: found max_position_embeddings = {positions}, expected at least data.max_prompt_tokens + "
+                f"{where}: found max_position_embeddings = {positions}, expected at least data.max_prompt_tokens + "
                 f"{key}.max_tokens = {longest}"
             )
 
@@ -162,9 +183,9 @@ def check_routing(config: Config, shape: ModelShape) -> None:
     size_bytes = config.group_size * longest * route_shape(shape).size_bytes
     if size_bytes > wire.MAX_MESSAGE_BYTES // 2:
         raise ConfigError(
-            f"learner.routing_replay: found true with up to {gib(size_bytes)} of routed experts in a group, expected "
-            f"at most {gib(wire.MAX_MESSAGE_BYTES // 2)}: group_size * (data.max_prompt_tokens + sampling.max_tokens) "
-            "* layers * num_experts_per_tok"
+            f"learner.routing_replay: found true with up to {readable(size_bytes)} of routed experts in a group, "
+            f"expected at most {readable(wire.MAX_MESSAGE_BYTES // 2)}: group_size * (data.max_prompt_tokens + "
+            "sampling.max_tokens) * layers * num_experts_per_tok"
         )
 
 
@@ -181,8 +202,8 @@ def check_space(config: Config, num_parameters: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise RunDirectoryError(
-            f"weights.dir: {directory}: found {gib(free)} free, expected {gib(needed)}: room for weights.keep + 1 = "
-            f"{config.weights.keep + 1} versions"
+            f"weights.dir: {directory}: found {readable(free)} free, expected {readable(needed)}: room for "
+            f"weights.keep + 1 = {config.weights.keep + 1} versions"
         )
 
 

@@ -70,7 +70,7 @@ def _dry_run(config: Config) -> str:
     path = run_path(config)
     check_unused(path)
     shape = check_plan(config)
-    if shape is None:
+    if not config.model and not config.made_for:
         config = with_tiny_task(config, tiny_directory(config))
     return describe(config, path, shape)
 

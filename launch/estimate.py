@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from common.config import Config
 from common.errors import ConfigError
-from common.hardware import GIB
+from common.hardware import GIB, MIB
 from common.shape import ModelShape
 from launch.activations import ITEM_BYTES, held_bytes
 from launch.parameters import engine_parameters, model_parameters, rank_parameters
@@ -25,7 +25,8 @@ class RankMemory(NamedTuple):
         activations: What is kept from forward to backward passes.
         layer: What one layer's backward pass needs beside it.
         logits: What the logprobs need in their turn: chunks of logits, the output layer's gradient.
-        host: Moments, where they are offloaded.
+        offloaded: Moments on the host, where they are offloaded.
+        reference: The frozen reference's parameters on the host, where the loss asks for one.
     """
 
     weights: int
@@ -34,13 +35,33 @@ class RankMemory(NamedTuple):
     activations: int
     layer: int
     logits: int
-    host: int
+    offloaded: int
+    reference: int
+
+    @property
+    def host(self) -> int:
+        """On the host."""
+        return self.offloaded + self.reference
 
     @property
     def device(self) -> int:
         """On the GPU, with the reserve; the logprobs are through when the layers' backward pass begins."""
         held = self.weights + self.gradients + self.optimizer + self.activations
         return held + max(self.layer, self.logits) + RESERVE_BYTES
+
+
+class HostMemory(NamedTuple):
+    """Bytes of a node's own memory that are known: what its processes need beside is not.
+
+    Attributes:
+        offloaded: The optimizer's state of its ranks.
+        reference: The reference's parameters of its ranks.
+        published: Versions of the weights that are kept, and one in the making.
+    """
+
+    offloaded: int
+    reference: int
+    published: int
 
 
 class EngineMemory(NamedTuple):
@@ -68,18 +89,24 @@ def rank_memory(config: Config, shape: ModelShape, stage: int) -> RankMemory:
         activations=held.activations,
         layer=held.layer,
         logits=logits_bytes(config, shape) if stage == parallel.pipeline - 1 else 0,
-        host=moments if offloaded else 0,
+        offloaded=moments if offloaded else 0,
+        reference=owned.total * item if config.loss.kl_coefficient > 0 else 0,
     )
 
 
 def logits_bytes(config: Config, shape: ModelShape) -> int:
-    """Of the logprobs: three chunks of logits in float32 forward; one, the output layer's gradient and its sum back."""
+    """Of the logprobs: chunks of logits in float32 forward; one, the output layer's gradient and its sum back.
+
+    Forward there are three at a time, or two of them where ranks share the vocabulary and work in place.
+    """
     item = ITEM_BYTES[config.learner.dtype]
     rows = shape.vocab_size // config.learner.parallel.tensor
     tokens = config.learner.max_tokens_per_microbatch // config.learner.parallel.context
-    chunk = min(tokens, max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // rows)) * rows
+    num_chunks = max(1, tokens // max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // rows))
+    chunk = -(-tokens // num_chunks) * rows
     copy = item if item == 2 else 0  # in the weights' dtype
-    return max(3 * 4 * chunk, (4 + copy) * chunk + (4 + item) * rows * shape.hidden_size)
+    chunks = 3 if config.learner.parallel.tensor == 1 else 2
+    return max(chunks * 4 * chunk, (4 + copy) * chunk + (4 + item) * rows * shape.hidden_size)
 
 
 def engine_memory(config: Config, shape: ModelShape) -> EngineMemory:
@@ -97,13 +124,15 @@ def update_bytes(config: Config, shape: ModelShape) -> int:
     return model_parameters(shape) * ITEM_BYTES[config.learner.dtype]
 
 
-def host_bytes(config: Config, shape: ModelShape, placement: Placement) -> list[int]:
-    """Of each node: what its ranks offload and, on the first, the published versions and one in the making."""
-    sizes = [0] * placement.num_nodes
-    for rank in placement.ranks:
-        sizes[rank.node] += rank_memory(config, shape, rank.pipeline).host
-    sizes[0] += (config.weights.keep + 1) * update_bytes(config, shape)
-    return sizes
+def host_memory(config: Config, shape: ModelShape, placement: Placement) -> list[HostMemory]:
+    """Of each node; the learner's first has the published weights."""
+    published = (config.weights.keep + 1) * update_bytes(config, shape)
+    nodes: list[HostMemory] = []
+    for node in range(placement.num_nodes):
+        ranks = [rank_memory(config, shape, rank.pipeline) for rank in placement.ranks if rank.node == node]
+        offloaded, reference = sum(rank.offloaded for rank in ranks), sum(rank.reference for rank in ranks)
+        nodes.append(HostMemory(offloaded, reference, published if node == 0 else 0))
+    return nodes
 
 
 def check_fits(config: Config, shape: ModelShape) -> None:
@@ -121,21 +150,22 @@ def check_fits(config: Config, shape: ModelShape) -> None:
         if memory.device > machines.gpu_memory_gib * GIB:
             first = next(rank.rank for rank in placement.ranks if rank.pipeline == stage)
             raise ConfigError(
-                f"learner rank {first}: found {parts(memory)} = {gib(memory.device)}, expected at most "
+                f"learner rank {first}: found {parts(memory)} = {readable(memory.device)}, expected at most "
                 f"placement.gpu_memory_gib = {machines.gpu_memory_gib:g}"
             )
     engine = engine_memory(config, shape)
     allowed = generator.memory_share * machines.gpu_memory_gib * GIB
     if sum(engine) > allowed:
         raise ConfigError(
-            f"generator-0: found weights {gib(engine.weights)} + KV cache {gib(engine.kv_cache)} = {gib(sum(engine))} "
-            f"on each GPU, expected at most generator.memory_share * placement.gpu_memory_gib = {gib(allowed)}: fewer "
-            f"generator.max_total_tokens than {generator.max_total_tokens:,}, or more generator.parallel.tensor"
+            f"generator-0: found weights {readable(engine.weights)} + KV cache {readable(engine.kv_cache)} = "
+            f"{readable(sum(engine))} on each GPU, expected at most generator.memory_share * placement.gpu_memory_gib "
+            f"= {readable(allowed)}: fewer generator.max_total_tokens than {generator.max_total_tokens:,}, or more "
+            "generator.parallel.tensor"
         )
-    for node, size in enumerate(host_bytes(config, shape, placement)):
-        if size > machines.host_memory_gib * GIB:
+    for node, memory in enumerate(host_memory(config, shape, placement)):
+        if sum(memory) > machines.host_memory_gib * GIB:
             raise ConfigError(
-                f"node {node}: found {gib(size)} of offloaded optimizer state and published weights, expected at most "
+                f"node {node}: found {host_parts(memory)} = {readable(sum(memory))}, expected at most "
                 f"placement.host_memory_gib = {machines.host_memory_gib:g}"
             )
 
@@ -143,11 +173,19 @@ def check_fits(config: Config, shape: ModelShape) -> None:
 def parts(memory: RankMemory) -> str:
     """The parts of a rank's memory, for people."""
     names = ("weights", "gradients", "optimizer", "activations")
-    sizes = [f"{name} {gib(getattr(memory, name))}" for name in names]
-    work = f"the larger of one layer {gib(memory.layer)} and logits {gib(memory.logits)}"
-    return " + ".join([*sizes, work, f"reserve {gib(RESERVE_BYTES)}"])
+    sizes = [f"{name} {readable(getattr(memory, name))}" for name in names]
+    work = f"the larger of one layer {readable(memory.layer)} and logits {readable(memory.logits)}"
+    return " + ".join([*sizes, work, f"reserve {readable(RESERVE_BYTES)}"])
 
 
-def gib(size_bytes: float) -> str:
+def host_parts(memory: HostMemory) -> str:
+    """The parts of a node's memory, for people."""
+    names = {"offloaded": "optimizer state", "reference": "reference", "published": "published weights"}
+    sizes = [f"{words} {readable(getattr(memory, name))}" for name, words in names.items() if getattr(memory, name)]
+    return " + ".join(sizes)
+
+
+def readable(size_bytes: float) -> str:
     """A size for people."""
-    return f"{size_bytes / GIB:.2f} GiB"
+    unit, name = (GIB, "GiB") if abs(size_bytes) >= 0.1 * GIB else (MIB, "MiB")
+    return f"{size_bytes / unit:.2f} {name}"

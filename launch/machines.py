@@ -6,53 +6,63 @@ from common.config import Config
 from common.hardware import GIB
 from common.shape import ModelShape
 from launch.estimate import (
+    RESERVE_BYTES,
     engine_memory,
-    gib,
-    host_bytes,
-    parts,
+    host_memory,
+    host_parts,
     rank_memory,
+    readable,
     update_bytes,
 )
 from launch.parameters import model_parameters, rank_parameters
-from launch.placement import Placement, Rank, place
+from launch.placement import Placement, Rank, place, rank_places
 
 _COORDINATES = ("pipeline", "data", "context", "tensor", "expert_data", "expert", "expert_tensor")
 
 
 def machine_lines(config: Config, shape: ModelShape) -> list[str]:
     """The plan; what is assigned to no GPU has sizes, and no place."""
-    total = f"model: {model_parameters(shape):,} parameters"
-    moved = f"bytes per weight update: {gib(update_bytes(config, shape))}, read by each of {config.generator.count} "
-    update = f"{moved}generators; {config.weights.keep} versions and one in the making are kept"
+    name = config.model or config.made_for or "the built-in one"
+    total = f"model: {name}, {model_parameters(shape):,} parameters"
     if config.placement.gpus_per_node == 0:
-        return [total, *_rank_lines(config, shape, None), *_engine_lines(config, shape), update]
-    placement = place(config)
+        ranks = rank_places(config.learner.parallel, config.learner.parallel.num_ranks)
+        words = "placement: this machine; each process takes what it finds there, or the CPU"
+        placed = [words, *_coordinate_lines(config, ranks)]
+        hosts: list[str] = []
+    else:
+        placement = place(config)
+        placed = [*_node_lines(config, placement), *_coordinate_lines(config, placement.ranks)]
+        hosts = _host_lines(config, shape, placement)
     return [
         total,
-        *_node_lines(config, placement),
-        *_coordinate_lines(config, placement),
-        *_rank_lines(config, shape, placement),
+        *placed,
+        *_rank_lines(config, shape),
         *_engine_lines(config, shape),
-        *_host_lines(config, shape, placement),
-        update,
+        *hosts,
+        *_update_lines(config, shape),
+        *_assumptions(config, shape),
     ]
 
 
 def _node_lines(config: Config, placement: Placement) -> list[str]:
     """Which GPUs of each node have which ranks and engines."""
     gpus = config.placement.gpus_per_node
-    used = len(placement.ranks) + sum(len(engine.gpus) for engine in placement.engines)
     nodes = f"{placement.num_nodes} node{'s' if placement.num_nodes > 1 else ''}"
-    lines = [f"placement: {used} GPUs on {nodes} of {gpus}; the ledger and the verifiers beside rank 0"]
+    lines = [f"placement: {placement.num_gpus} GPUs on {nodes} of {gpus}; the ledger and the verifiers beside rank 0"]
     for node in range(placement.num_nodes):
         ranks = [rank for rank in placement.ranks if rank.node == node]
         words = [f"GPU {_span([rank.gpu for rank in ranks])} learner {_span([r.rank for r in ranks])}"] if ranks else []
         words += [f"GPU {_span(engine.gpus)} {engine.name}" for engine in placement.engines if engine.node == node]
         lines.append(f"  node {node}: {', '.join(words)}")
+    if placement.num_nodes > 1:
+        lines += [
+            "  This is a plan: the launcher starts processes on one machine alone, and refuses to start these. Sockets",
+            f"  on {config.run.host} and weights in {config.weights.dir} are not seen from another node.",
+        ]
     return lines
 
 
-def _coordinate_lines(config: Config, placement: Placement) -> list[str]:
+def _coordinate_lines(config: Config, ranks: tuple[Rank, ...]) -> list[str]:
     """The place of each rank in Megatron's groups; groups of one are left out."""
     parallel = config.learner.parallel
     expert_data = parallel.num_stage_ranks // (parallel.expert * parallel.expert_tensor)
@@ -61,52 +71,117 @@ def _coordinate_lines(config: Config, placement: Placement) -> list[str]:
     sizes["expert_data"] = expert_data if shared_experts else 1
     shown = [name for name in _COORDINATES if sizes[name] > 1]
     lines = [f"learner: {', '.join(f'{name} {sizes[name]}' for name in shown) or 'one rank'}"]
-    return lines + [f"  {_coordinates(rank, shown)}" for rank in placement.ranks if shown]
+    on_gpus = config.placement.gpus_per_node > 0
+    for rank in ranks if shown else ():
+        where = f" on node {rank.node} GPU {rank.gpu}" if on_gpus else ""
+        lines.append(f"  rank {rank.rank}{where}: {', '.join(f'{name} {getattr(rank, name)}' for name in shown)}")
+    return lines
 
 
-def _coordinates(rank: Rank, shown: list[str]) -> str:
-    where = ", ".join(f"{name} {getattr(rank, name)}" for name in shown)
-    return f"rank {rank.rank} on node {rank.node} GPU {rank.gpu}: {where}"
-
-
-def _rank_lines(config: Config, shape: ModelShape, placement: Placement | None) -> list[str]:
+def _rank_lines(config: Config, shape: ModelShape) -> list[str]:
     """The memory of the ranks of each pipeline stage."""
     parallel, learner = config.learner.parallel, config.learner
-    tokens = f"{learner.max_tokens_per_microbatch:,} tokens, recompute {learner.recompute}"
-    used = ", experts evenly used" if shape.is_moe else ""
-    lines = [f"memory of a learner rank ({tokens}{used}):"]
+    lines = [
+        f"memory of each learner rank (micro-batches of {learner.max_tokens_per_microbatch:,} tokens, recompute "
+        f"{learner.recompute}):"
+    ]
     for stage in range(parallel.pipeline):
         memory = rank_memory(config, shape, stage)
         first = stage * parallel.num_stage_ranks
-        whole = gib(memory.device)
-        size = f"{whole} of {config.placement.gpu_memory_gib:g}" if placement else whole
-        offloaded = f"; on the host {gib(memory.host)}" if memory.host else ""
-        held = f"{rank_parameters(shape, parallel, stage).total:,} parameters"
         ranks = _span(range(first, first + parallel.num_stage_ranks))
-        lines.append(f"  rank {ranks}, {held}: {parts(memory)} = {size}{offloaded}")
+        lines.append(f"  rank {ranks}, {rank_parameters(shape, parallel, stage).total:,} parameters:")
+        state = "masters and moments" if learner.dtype == "bfloat16" else "moments"
+        on_gpu = "masters; the moments are on the host" if learner.offload_optimizer else state
+        rows = [
+            ("weights", memory.weights, learner.dtype),
+            ("gradients", memory.gradients, "float32"),
+            ("optimizer", memory.optimizer, f"float32 {on_gpu}; this rank's share of its replicas'"),
+            ("activations", memory.activations, "kept from forward to backward passes"),
+            ("one layer", memory.layer, "what its backward pass needs beside them"),
+            ("logits", memory.logits, "at another time than the layer: the larger of the two counts"),
+        ]
+        if config.placement.gpus_per_node:
+            rows.append(("reserve", RESERVE_BYTES, "CUDA's context, NCCL's buffers, fragmentation"))
+            lines += [*_table(rows), _sum(memory.device, config.placement.gpu_memory_gib * GIB)]
+        else:
+            lines += [*_table(rows), _sum(memory.device - RESERVE_BYTES, None)]
+        if memory.host:
+            lines.append(_row("on the host", memory.host, ""))
     return lines
 
 
 def _engine_lines(config: Config, shape: ModelShape) -> list[str]:
     generator, memory = config.generator, engine_memory(config, shape)
-    copies = generator.parallel.data
-    cached = f"{generator.max_total_tokens // copies:,} tokens" + (f" in each of {copies} copies" if copies > 1 else "")
-    words = f"weights {gib(memory.weights)} + KV cache {gib(memory.kv_cache)} ({cached}) = {gib(sum(memory))}"
+    parallel = generator.parallel
+    copies, num_gpus = parallel.data, parallel.num_gpus
+    cached = generator.max_total_tokens // copies
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    where = f" in each of {copies} copies" if copies > 1 else ""
+    held = f"{cached:,} tokens{where}: {cached // longest:,} of the longest sequences"
+    rows = [("weights", memory.weights, generator.dtype), ("KV cache", memory.kv_cache, held)]
     if config.placement.gpus_per_node == 0:
-        return [f"memory of an engine: {words}"]
-    allowed = gib(generator.memory_share * config.placement.gpu_memory_gib * GIB)
-    share = f"{generator.memory_share:g} of {config.placement.gpu_memory_gib:g}"
-    num_gpus = generator.parallel.num_gpus
-    whose = f"each of an engine's {num_gpus} GPUs" if num_gpus > 1 else "an engine's GPU"
-    return [f"memory of {whose}: {words} of {allowed} ({share})"]
+        return ["memory of each engine:", *_table(rows), _sum(sum(memory), None)]
+    whole = config.placement.gpu_memory_gib * GIB
+    allowed = generator.memory_share * whole
+    gpus = f"each of an engine's {num_gpus} GPUs" if num_gpus > 1 else "each engine's GPU"
+    division = ", ".join(f"{name} {getattr(parallel, name)}" for name in ("tensor", "data", "expert"))
+    return [
+        f"memory of {gpus} ({division}):",
+        *_table(rows),
+        _sum(sum(memory), allowed) + f"; {readable(whole - allowed)} are left for its activations and CUDA graphs",
+    ]
 
 
 def _host_lines(config: Config, shape: ModelShape, placement: Placement) -> list[str]:
     """What nodes hold in their own memory, of the state that is known."""
-    sizes = host_bytes(config, shape, placement)
-    limit = f"{config.placement.host_memory_gib:g}"
-    lines = [f"node {node}: {gib(size)} of {limit}" for node, size in enumerate(sizes) if size]
-    return [f"memory of hosts (offloaded state; published weights in {config.weights.dir}): {', '.join(lines)}"]
+    limit = config.placement.host_memory_gib * GIB
+    lines = ["memory of each node beside its GPUs:"]
+    for node, memory in enumerate(host_memory(config, shape, placement)):
+        size = (
+            f"{host_parts(memory)} = {readable(sum(memory))} of {readable(limit)}, {readable(limit - sum(memory))} free"
+        )
+        lines.append(f"  node {node}: {size if sum(memory) else 'nothing that is counted'}")
+    return lines
+
+
+def _update_lines(config: Config, shape: ModelShape) -> list[str]:
+    size_bytes, count, keep = update_bytes(config, shape), config.generator.count, config.weights.keep
+    readers = f"{count} generator{'s' if count > 1 else ''}"
+    return [
+        f"bytes per weight update: {readable(size_bytes)}, the whole model, once a step; written by the learner and "
+        f"read by {readers}",
+        f"  {keep} versions and one in the making are in {config.weights.dir}: {readable((keep + 1) * size_bytes)}",
+    ]
+
+
+def _assumptions(config: Config, shape: ModelShape) -> list[str]:
+    """What the numbers take for granted."""
+    lines = ["assumed:"]
+    if shape.is_moe:
+        lines.append("  each expert gets as many tokens as the others; a rank whose experts get more needs more")
+    if config.placement.gpus_per_node:
+        lines += [
+            f"  {readable(RESERVE_BYTES)} of reserve and memory_share are enough: neither has been measured on a GPU",
+            "  activations are those of Megatron's local layers, which a test measures on a CPU; fused ones keep less",
+            "  nodes: no more than the state named above; processes, data and the page cache come on top",
+        ]
+    else:
+        lines.append("  processes, data and the page cache come on top")
+    return lines
+
+
+def _table(rows: list[tuple[str, int, str]]) -> list[str]:
+    return [_row(*row) for row in rows]
+
+
+def _row(name: str, size_bytes: int, words: str) -> str:
+    return f"    {name:<12}{readable(size_bytes):>12}  {words}".rstrip()
+
+
+def _sum(size_bytes: int, limit: float | None) -> str:
+    """The last row of a table; with a limit, what is left of it."""
+    room = "" if limit is None else f"of {readable(limit)}, {readable(limit - size_bytes)} free"
+    return _row("in all", size_bytes, room)
 
 
 def _span(numbers: "range | list[int] | tuple[int, ...]") -> str:

@@ -55,6 +55,11 @@ class Placement(NamedTuple):
     engines: tuple[Engine, ...]
     num_nodes: int
 
+    @property
+    def num_gpus(self) -> int:
+        """Of all ranks and engines."""
+        return len(self.ranks) + sum(len(engine.gpus) for engine in self.engines)
+
 
 def place(config: Config) -> Placement:
     """The learner's ranks on the first GPUs, engines on the next; an engine begins a node where it would cross one.
@@ -63,7 +68,7 @@ def place(config: Config) -> Placement:
     """
     gpus, needed = config.placement.gpus_per_node, config.generator.parallel.num_gpus
     assert gpus >= needed
-    ranks = tuple(_rank(config.learner.parallel, number, gpus) for number in range(config.learner.parallel.num_ranks))
+    ranks = rank_places(config.learner.parallel, gpus)
     engines: list[Engine] = []
     free = len(ranks)
     for index in range(config.generator.count):
@@ -73,6 +78,11 @@ def place(config: Config) -> Placement:
         engines.append(Engine(f"generator-{index}", free // gpus, tuple(range(first, first + needed))))
         free += needed
     return Placement(ranks, tuple(engines), -(-free // gpus))
+
+
+def rank_places(parallel: ParallelConfig, gpus: int) -> tuple[Rank, ...]:
+    """Of each rank, with `gpus` of them on a node."""
+    return tuple(_rank(parallel, number, gpus) for number in range(parallel.num_ranks))
 
 
 def _rank(parallel: ParallelConfig, number: int, gpus: int) -> Rank:

@@ -5,9 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.config import Config
-from common.shape import read_shape
-from launch.activations import ITEM_BYTES
-from launch.parameters import rank_parameters
 from launch.placement import place
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -73,19 +70,7 @@ def derived_numbers(config: Config) -> dict[str, int]:
         "tokens per sequence, at most": longest,
         "longest sequences per micro-batch": config.learner.max_tokens_per_microbatch // longest,
         "staleness budget: groups under way, at most": (config.max_staleness + 1) * config.groups_per_step,
-        **(_reference_numbers(config, sequences) if config.loss.kl_coefficient > 0 else {}),
     }
-
-
-def _reference_numbers(config: Config, sequences: int) -> dict[str, int]:
-    """What the frozen reference of the KL term costs; its size is told where the model is there already."""
-    numbers = {"reference model: sequences of an extra forward pass per step": sequences}
-    if (model := Path(config.model)).is_dir():
-        parallel, shape = config.learner.parallel, read_shape(model)
-        num_parameters = max(rank_parameters(shape, parallel, stage).total for stage in range(parallel.pipeline))
-        key = "reference model: bytes of host memory per rank, at most"
-        numbers[key] = num_parameters * ITEM_BYTES[config.learner.dtype]
-    return numbers
 
 
 def _gpus(config: Config) -> dict[str, tuple[int, ...]]:

@@ -44,19 +44,32 @@ start. A layout or override is named as it was written:
     sluice: override 'optimizer.l=1': unknown key 'optimizer.l', the nearest is 'optimizer.lr'
 
 - Unknown keys, values of a wrong type or out of range (`common/layout.py`).
-- Keys that contradict each other (`common/config.py`): `groups_per_step` that `updates_per_step` does not divide;
-  `model` without `data.train`, `data.train` without `model`, `data.test` without `data.train`; warm-up longer than the
-  run;
-  `learner.max_tokens_per_microbatch` or `generator.max_total_tokens` below
-  `data.max_prompt_tokens + sampling.max_tokens`; `sampling.temperature` 0, which makes every group uniform.
-- Keys without effect beside others (`common/config.py`): several evaluation samples at temperature 0; `loss.proximal`
-  other than `recompute` with one update a step and `max_staleness` 0; `loss.weight_cap` with `loss.proximal`
-  `generator`; `loss.narrowing_floor` without `loss.narrowing`; `loss.kl_coefficient` where the run has one update.
+- Keys that contradict each other (`common/contradictions.py`, `common/contradictions_of_data.py`): `groups_per_step`
+  that `updates_per_step` does not divide; `model` without `data.train`, `data.train` without `model`, `data.test`
+  without `data.train`; warm-up longer than the run; `learner.max_tokens_per_microbatch` or
+  `generator.max_total_tokens` below `data.max_prompt_tokens + sampling.max_tokens`; `sampling.temperature` 0 or
+  `sampling.top_k` 1, which make every group uniform; ranks and experts that do not divide; more replicas than an
+  update has completions.
+- Keys without effect beside others (the same files), among them: several evaluation samples at temperature 0;
+  `loss.proximal` other than `recompute` with one update a step and `max_staleness` 0, and `interpolate` with
+  `max_staleness` up to 1; `loss.weight_cap` and `loss.staleness_clip` with `loss.proximal` `generator`;
+  `loss.staleness_clip` and `loss.narrowing` with `max_staleness` 0; `loss.narrowing_floor` without `loss.narrowing`,
+  and `loss.narrowing` with a floor of 1; `loss.kl_coefficient` where the run has one update; `optimizer.schedule` that
+  ends where it begins; a warm-up of less than one update; the gate of the other dtype; `weight` of an only file and of
+  held-out ones; `run.name` beside `run.dir`.
+- What the model's sizes do not allow (`common/shape.py`, `launch/checks.py`, `launch/estimate.py`): heads, layers,
+  vocabulary or experts that ranks or an engine's GPUs do not divide; fewer positions than tokens; memory of a rank, an
+  engine or a node that is not enough, where GPUs are assigned.
+- What this machine cannot start (`launch/checks.py`): more nodes than one, more GPUs than it has.
 - What is missing, broken or taken (`launch/checks.py`, `launch/run_directory.py`): files of prompts; a model directory
   without config, fast tokenizer or whole weights, or of another architecture than the supported ones; `weights.dir`
   without room for `weights.keep` + 1 versions; `run.host` and `run.ledger_port` that cannot be bound; a run directory
   that is not new or empty.
 - What is wrong with the prompts (docs/data.md).
+
+What is allowed and may surprise is said instead, as `note:`, at the start and in the dry run (`launch/notices.py`): one
+update a step, where the trust-region clip never binds; clips so wide that they hardly can; the memory and the forward
+pass of a reference; truncated sampling; no held-out prompts; shuffled rewards.
 """
 
 

@@ -11,25 +11,25 @@ import msgspec
 from common.config import Config
 from common.shape import ModelShape
 from launch.machines import machine_lines
+from launch.notices import notices
+from launch.placement import place
 from launch.plan import REPOSITORY, ProcessPlan, derived_numbers, plan_processes
 
 
-def describe(config: Config, run_dir: Path, shape: ModelShape | None) -> str:
-    """The resolved configuration, the processes and the numbers; the machines, where the model's sizes are known."""
-    numbers = [f"#   {name}: {number:,}" for name, number in derived_numbers(config).items()]
-    processes = [f"#   {p.name}: {_shown(p)}" for p in plan_processes(config, run_dir)]
-    return "\n".join(
-        [
-            f"# run directory: {run_dir}",
-            "# processes, in the order in which they start:",
-            *processes,
-            "# numbers:",
-            *numbers,
-            *([f"# {line}" for line in machine_lines(config, shape)] if shape else []),
-            "",
-            to_toml(config),
-        ]
-    )
+def describe(config: Config, run_dir: Path, shape: ModelShape) -> str:
+    """The resolved configuration as a layout; in comments what it means, the machines, numbers and processes."""
+    notes = [f"note: {line}" for line in notices(config, shape)]
+    numbers = [f"  {name}: {number:,}" for name, number in derived_numbers(config).items()]
+    plan = [
+        f"run directory: {run_dir}",
+        *notes,
+        *machine_lines(config, shape),
+        "numbers:",
+        *numbers,
+        "processes, in the order in which they start:",
+        *(f"  {_shown(process, config)}" for process in plan_processes(config, run_dir)),
+    ]
+    return "\n".join([*(f"# {line}" for line in plan), "", to_toml(config)])
 
 
 def to_toml(config: Config) -> str:
@@ -63,8 +63,20 @@ def _key(name: str) -> str:
     return name if name.replace("_", "").replace("-", "").isalnum() and name.isascii() else json.dumps(name)
 
 
-def _shown(plan: ProcessPlan) -> str:
+def _shown(plan: ProcessPlan, config: Config) -> str:
     """A command line for people: with `python` for this interpreter, and paths from the repository."""
     words = [f"{name}={value}" for name, value in plan.environment.items()]
     words += ["python" if word == sys.executable else word.removeprefix(f"{REPOSITORY}/") for word in plan.command]
-    return shlex.join(words).replace("'", "")
+    nodes = _nodes(plan.name, config)
+    where = f" on node {nodes}" if nodes else ""
+    return f"{plan.name}{where}: {shlex.join(words)}".replace("'", "")
+
+
+def _nodes(name: str, config: Config) -> str:
+    """Where a process runs, in a plan of several nodes; empty in one of a single node."""
+    if config.placement.gpus_per_node == 0 or (placement := place(config)).num_nodes == 1:
+        return ""
+    if name == "learner":
+        last = placement.ranks[-1].node
+        return f"0-{last}" if last else "0"
+    return str(next((engine.node for engine in placement.engines if engine.name == name), 0))

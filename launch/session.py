@@ -15,6 +15,7 @@ from common.rendezvous import RunKeys
 from launch.builtin import build_once, tiny_directory, with_tiny_task
 from launch.checks import check_inputs
 from launch.display import Display
+from launch.notices import notices
 from launch.plan import ProcessPlan, plan_processes, prepare_command
 from launch.processes import ProcessError, Supervisor, run_foreground
 from launch.progress import Progress
@@ -34,7 +35,9 @@ def run(config: Config) -> int:
     path = run_path(config)
     check_unused(path)
     remove_abandoned(Path(config.weights.dir))
-    check_inputs(config)
+    shape = check_inputs(config)
+    for line in notices(config, shape):
+        display.notice(f"note: {line}")
     if not config.model:
         tiny = tiny_directory(config)
         build_once(tiny, config, display.notice)

@@ -19,6 +19,7 @@ import torch
 
 from common.errors import ModelError, exit_on_error
 from common.vision import declare_vision_operators
+from launch.tiny_sizes import tiny_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 PAD, EOS = 0, 1
 TOKENS = ("<pad>", "<eos>", *"0123456789+= ", "<unk>")
 _IDS = {token: i for i, token in enumerate(TOKENS)}
-_VOCAB_SIZE = 64
-_EXPERTS_PER_TOKEN, _EXPERT_SIZE = 2, 128
 _PROMPT_TOKENS, _ANSWER_TOKENS = 6, 4
 _NUM_TEST, _NUM_VALIDATION = 500, 300
 _BATCH = 256
@@ -147,39 +146,20 @@ def _new_model(num_experts: int) -> "PreTrainedModel":
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    options = tiny_sizes(num_experts) | _rest()
     if not num_experts:
-        return Qwen3ForCausalLM(Qwen3Config(**_shape()))
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_shape(), **_experts(num_experts)))
+        return Qwen3ForCausalLM(Qwen3Config(**options))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**options))
 
 
-def _shape() -> dict[str, Any]:
-    """What both kinds of model have."""
+def _rest() -> dict[str, Any]:
+    """What its configuration says beside the sizes."""
     return {
-        "vocab_size": _VOCAB_SIZE,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        "tie_word_embeddings": False,
         "initializer_range": 0.05,
         "pad_token_id": PAD,
         "eos_token_id": EOS,
         "bos_token_id": None,
         "dtype": "float32",
-    }
-
-
-def _experts(num_experts: int) -> dict[str, Any]:
-    """What only the one with experts has."""
-    return {
-        "num_experts": num_experts,
-        "num_experts_per_tok": _EXPERTS_PER_TOKEN,
-        "moe_intermediate_size": _EXPERT_SIZE,
-        "norm_topk_prob": True,
     }
 
 

@@ -32,6 +32,7 @@ class LossStats:
         clipped_low: Where the trust region's lower clip took the gradient away, Bool[S].
         clipped_high: The same of the upper clip, Bool[S].
         staleness_clipped: Where the staleness clip took the gradient away, Bool[S].
+        outside: Where s is outside the trust region, whatever became of the gradient, Bool[S].
     """
 
     log_ratio: Tensor
@@ -40,6 +41,7 @@ class LossStats:
     clipped_low: Tensor
     clipped_high: Tensor
     staleness_clipped: Tensor
+    outside: Tensor
 
 
 def gspo_loss(
@@ -79,6 +81,7 @@ def gspo_loss(
         clipped_low=binds & (advantages < 0),
         clipped_high=binds & (advantages > 0),
         staleness_clipped=staleness_clipped & micro.loss_mask,
+        outside=micro.loss_mask & ((ratio < low) | (ratio > high)).detach(),
     )
     return loss, stats
 

@@ -17,7 +17,10 @@ from learner.gspo import LossStats
 STALENESS_EDGES = (1, 2, 4, 8, 16)
 STALENESS_BUCKETS = ("0", "1", "2_3", "4_7", "8_15", "16_up")
 LENGTH_BUCKETS = ("q1", "q2", "q3", "q4")
-_COLUMNS = ("length", "staleness", "log_ratio", "log_staleness_ratio", "weight", "low", "high", "staleness_clipped")
+_COLUMNS = (
+    *("length", "staleness", "log_ratio", "log_staleness_ratio", "weight"),
+    *("low", "high", "staleness_clipped", "outside", "unmoved"),
+)
 _TOTALS = ("loss", "kl", "tokens", "response_tokens", "entropy", "difference", "k3")
 _SMALLEST, _LARGEST, _NUM_BINS = -8.0, 2.0, 2048  # decades of a logprob difference; a bin is 1.1 % wide
 
@@ -74,6 +77,8 @@ def measure(
     kl: float,
     learner_logprobs: Float[Tensor, " tokens"],
     entropy: Float[Tensor, " tokens"],
+    *,
+    unmoved: bool,
 ) -> Measures:
     """What one micro-batch adds.
 
@@ -84,6 +89,7 @@ def measure(
         kl: The same of their divergences from the reference, NaN where there is none.
         learner_logprobs: Detached.
         entropy: Of each token's distribution.
+        unmoved: Whether no update of the step was made before.
     """
     counted = micro.loss_mask
     lengths = micro.sequence_starts.diff().long()
@@ -91,6 +97,7 @@ def measure(
     columns = (
         *(responses, micro.staleness, stats.log_ratio, stats.log_staleness_ratio, stats.weight),
         *(stats.clipped_low, stats.clipped_high, stats.staleness_clipped),
+        *(stats.outside, torch.full_like(stats.outside, unmoved)),
     )
     tokens = micro.response_mask & counted[micro.sequence_of_token]
     difference = (learner_logprobs.double() - micro.generator_logprobs.double())[tokens]
@@ -131,6 +138,7 @@ def summarize(measures: Measures, max_tokens: int, kl_coefficient: float) -> dic
         "clip_fraction_low": _mean(low),
         "clip_fraction_high": _mean(high),
         **{name: _mean(values) for name, values in shares.items()},
+        "noise_floor": _mean(measures.column("outside")[measures.column("unmoved") > 0]),
         **_by_bucket(measures, shares, max_tokens),
         "ratio_mean": _mean(measures.column("log_ratio").exp()),
         "weight_mean": _mean(weight),

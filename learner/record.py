@@ -139,4 +139,5 @@ def _fleet(status: wire.StatusReport) -> dict[str, float]:
         rates = [m.tokens_per_s if unit == "tokens" else m.items_per_s for m in members]
         row[f"{role}_{unit}_per_s"] = float(np.sum(rates))
     states = (wire.VisitState.FILTERED, wire.VisitState.WAITING, wire.VisitState.LEASED, wire.VisitState.SCORED)
-    return row | {state.value: status.accounts.get(state, 0) for state in states}
+    filtered = {"filtered_right": status.filtered_right, "filtered_wrong": status.filtered_wrong}
+    return row | {state.value: status.accounts.get(state, 0) for state in states} | filtered

@@ -28,6 +28,7 @@ from learner.measures import Measures, add_up, measure, summarize
 from learner.trainable import BatchShare, Trainable, UpdateResult
 
 Gather = Callable[[bytes], list[bytes]]
+_TIMEOUT, _ERROR = wire.Outcome.TIMEOUT, wire.Outcome.ERROR
 
 
 def train_step(
@@ -106,7 +107,7 @@ class _Step:
                 self._num_empty += 1
 
     def _update(self, update: _Update) -> None:
-        num = update.num_completions
+        num, unmoved = update.num_completions, not self._results
 
         def loss(micro: MicroBatch, learner: Float[Tensor, " tokens"], entropy: Float[Tensor, " tokens"]) -> Tensor:
             centre = proximal(micro, learner, self._at_start.get(id(micro)), self._config.loss)
@@ -116,7 +117,8 @@ class _Step:
                 value = value + self._config.loss.kl_coefficient * kl
             if self._policy.share.speaks:
                 total, divergence = _total(value, num), _total(kl, num)
-                self._measured.append(measure(micro, stats, total, divergence, learner.detach(), entropy))
+                measured = measure(micro, stats, total, divergence, learner.detach(), entropy, unmoved=unmoved)
+                self._measured.append(measured)
             return value
 
         self._results.append(self._policy.update(update.micros, loss))
@@ -181,15 +183,22 @@ def batch_metrics(
         for completion, grade in zip(training.scored.group.completions, training.scored.grades, strict=True)
     ]
     graded = [grade for _, grade in pairs if grade.outcome.graded]
+    correctness = [{g.correct for g in training.scored.grades if g.outcome.graded} for training in groups]
     staleness = [completion_staleness(completion, version, lineages) for completion, _ in pairs]
-    masked = sum(not grade.outcome.graded or is_masked(completion, config) for completion, grade in pairs)
+    failed = [sum(grade.outcome is outcome for _, grade in pairs) for outcome in (_TIMEOUT, _ERROR)]
+    truncated = sum(grade.outcome.graded and is_masked(completion, config) for completion, grade in pairs)
     return {
         "reward": float(np.mean([grade.reward for grade in graded])) if graded else float("nan"),
         "correct": float(np.mean([grade.correct for grade in graded])) if graded else float("nan"),
         "overlong_penalty": _mean_penalty(groups, config),
         "num_groups": float(len(groups)),
+        "num_groups_right": float(sum(known == {1.0} for known in correctness)),
+        "num_groups_wrong": float(sum(known == {0.0} for known in correctness)),
         "num_completions": float(len(pairs)),
-        "num_masked": float(masked),
+        "num_masked": float(sum(failed) + truncated),
+        "num_masked_timeout": float(failed[0]),
+        "num_masked_error": float(failed[1]),
+        "num_masked_truncated": float(truncated),
         "tokens_per_completion": float(np.mean([completion.num_tokens for completion, _ in pairs])),
         "staleness_mean": float(np.mean(staleness)),
         "staleness_max": float(np.max(staleness)),

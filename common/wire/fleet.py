@@ -156,6 +156,8 @@ class StatusReport(Message):
         version: The learner's; None before it began.
         members: The processes that are alive.
         accounts: How many visits are in each state.
+        filtered_right: Of the filtered ones, those whose completions are all right.
+        filtered_wrong: Those whose completions are all wrong.
         evaluations: The finished ones after those that the asker knows.
         overlap_share: Of the time since the first step began: a generator's engine was busy while the learner stepped.
         busy_shares: Of the same time, by role: at least one process of the role had work.
@@ -165,6 +167,8 @@ class StatusReport(Message):
     version: Version | None
     members: tuple[Member, ...]
     accounts: dict[str, int]
+    filtered_right: int
+    filtered_wrong: int
     evaluations: tuple[Evaluation, ...]
     overlap_share: float
     busy_shares: dict[str, float]

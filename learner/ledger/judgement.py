@@ -4,6 +4,7 @@ from common import wire
 from common.versions import Version
 
 MIN_GRADED = 2
+ALL_RIGHT, ALL_WRONG = "all graded completions are right", "all graded completions are wrong"
 
 
 def malformed_reason(
@@ -33,8 +34,12 @@ def num_graded(grades: tuple[wire.Grade, ...]) -> int:
 
 
 def uniform_reason(grades: tuple[wire.Grade, ...]) -> str:
-    """Why a group teaches nothing: its graded completions all have the same correctness. Empty where they do not."""
+    """Why a group teaches nothing: its graded completions all have the same correctness. Empty where they do not.
+
+    There are few different reasons, so that visits can be counted by them.
+    """
     correct = {grade.correct for grade in grades if grade.outcome.graded}
-    return (
-        f"all {num_graded(grades)} graded completions have correctness {correct.pop():g}" if len(correct) == 1 else ""
-    )
+    if len(correct) != 1:
+        return ""
+    value = correct.pop()
+    return {1.0: ALL_RIGHT, 0.0: ALL_WRONG}.get(value, f"all graded completions have correctness {value:g}")

@@ -21,6 +21,7 @@ CREATE TABLE IF NOT EXISTS visits (
     attempt INTEGER NOT NULL, holder TEXT NOT NULL, granted TEXT NOT NULL, granted_at REAL NOT NULL,
     pinned INTEGER NOT NULL, returned INTEGER NOT NULL, versions TEXT NOT NULL, step TEXT NOT NULL
 );
+CREATE INDEX IF NOT EXISTS filtered_visits ON visits (reason) WHERE state = 'filtered';
 CREATE INDEX IF NOT EXISTS prompts_by_file ON prompts (file);
 CREATE TABLE IF NOT EXISTS payloads (visit INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS evaluation_visits (

@@ -11,6 +11,7 @@ from common.errors import RefusedError, RunDirectoryError
 from common.log import logger
 from common.wire import Role
 from learner.ledger.held import Topic
+from learner.ledger.judgement import ALL_RIGHT, ALL_WRONG
 from learner.ledger.keeper import Keeper
 from learner.ledger.leases import evaluation_lease, training_lease
 from learner.ledger.store import Store
@@ -119,10 +120,13 @@ class LedgerService:
     async def _status(self, status: wire.Status) -> wire.StatusReport:
         now = time.time()
         overlap_share, busy_shares = self.keeper.overlap.shares(now)
+        filtered = self.keeper.store.filtered()
         return wire.StatusReport(
             version=self.keeper.ledger.track.current,
             members=self.keeper.fleet.members(now),
             accounts=self.keeper.ledger.accounts(),
+            filtered_right=filtered.get(ALL_RIGHT, 0),
+            filtered_wrong=filtered.get(ALL_WRONG, 0),
             evaluations=tuple(self.keeper.evaluations.finished[max(0, status.num_evaluations) :]),
             overlap_share=overlap_share,
             busy_shares=busy_shares,

@@ -168,6 +168,10 @@ class Store:
                 live.append(visit)
         return Ledger(config, prompt_of, routes_check=check, head=head, live=live, ended=ended)
 
+    def filtered(self) -> dict[str, int]:
+        """How many visits were filtered for each reason."""
+        return dict(self.rows("SELECT reason, COUNT(*) FROM visits WHERE state = 'filtered' GROUP BY reason"))
+
     def head(self) -> Head:
         """All but the visits."""
         data = self.meta("head")

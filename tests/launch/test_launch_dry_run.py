@@ -9,9 +9,14 @@ from common.config import Config
 from common.layout import load_config
 from common.learning import LearnerConfig, LossConfig, ParallelConfig
 from common.sections import DataConfig, DataFile, SamplingConfig
+from common.shape import read_shape
 from launch.checks import count_parameters
+from launch.cluster import LAYOUTS
+from launch.estimate import rank_memory
+from launch.notices import notices
 from launch.plan import REPOSITORY, derived_numbers, plan_processes
 from launch.resolved import to_toml
+from launch.tiny_sizes import tiny_shape
 from tests.launch.conftest import Cluster
 from tests.models import write_tiny_model
 
@@ -71,16 +76,40 @@ def test_the_numbers_follow_from_the_counts() -> None:
 
 def test_the_cost_of_a_reference_is_told_where_one_is_asked_for(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model", "qwen3_moe", tie_word_embeddings=True)
-    config = Config(model=str(tmp_path / "model"), loss=LossConfig(kl_coefficient=0.1))
-    numbers = derived_numbers(config)
-    assert numbers["reference model: sequences of an extra forward pass per step"] == 256
-    size = numbers["reference model: bytes of host memory per rank, at most"]
-    assert size == 4 * count_parameters(tmp_path / "model")
+    shape = read_shape(tmp_path / "model")
+    config = Config(loss=LossConfig(kl_coefficient=0.1))
+    size = 4 * count_parameters(tmp_path / "model")
+    assert rank_memory(config, shape, 0).reference == size
+    assert notices(config, shape) == [
+        f"loss.kl_coefficient = 0.1: the reference takes {size / (1 << 20):.2f} MiB of host memory on each rank, at "
+        "most, and one more forward pass of 256 sequences a step"
+    ]
     learner = LearnerConfig(dtype="bfloat16", parallel=ParallelConfig(data=4, expert=4))
-    shared = derived_numbers(msgspec.structs.replace(config, learner=learner))
+    shared = rank_memory(msgspec.structs.replace(config, learner=learner), shape, 0)
     experts = 2 * 4 * 3 * 64 * 32
-    assert shared["reference model: bytes of host memory per rank, at most"] == size // 2 - 2 * experts * 3 // 4
-    assert not [name for name in derived_numbers(Config(model=config.model)) if "reference" in name]
+    assert shared.reference == shared.host == size // 2 - 2 * experts * 3 // 4
+    assert rank_memory(Config(), shape, 0).reference == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["updates_per_step=1"], "updates_per_step = 1: the trust-region ratio is 1 by nature"),
+        (["loss.clip_high=0.4"], "loss.clip_low = 0.03, loss.clip_high = 0.4: the ratio is a mean"),
+        (["sampling.top_p=0.9"], "sampling.top_p = 0.9, sampling.top_k = 0: tokens come from a truncated distribution"),
+        (["model=m", "data.train=t"], "data.test is empty: nothing is evaluated"),
+        (["loss.shuffle_rewards=true"], "loss.shuffle_rewards = true: a control experiment"),
+    ],
+)
+def test_what_an_owner_may_not_expect_is_said(changes: list[str], words: str) -> None:
+    assert notices(load_config(LAYOUTS / "local.toml", []), tiny_shape(0)) == []
+    (line,) = notices(load_config(LAYOUTS / "local.toml", changes), tiny_shape(0))
+    assert line.startswith(words)
+
+
+def test_what_is_said_at_the_start_is_in_the_dry_run(cluster: Cluster) -> None:
+    ended = cluster("--layout", "local", "--dry-run", "updates_per_step=1")
+    assert "# note: updates_per_step = 1: the trust-region ratio is 1 by nature" in ended.stdout
 
 
 def test_a_stray_common_does_not_win(cluster: Cluster, tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_early_stages_hold_more_micro_batches(parallel: dict[str, int], in_fligh
 
 def test_logits_are_chunks_or_the_output_layers_gradient() -> None:
     assert logits_bytes(config(learner=learner()), DENSE) == 12 * 4096 * 1000
+    assert logits_bytes(config(learner=learner(tensor=2)), DENSE) == 8 * 4096 * 500
     large = msgspec.structs.replace(DENSE, vocab_size=1 << 20, hidden_size=1 << 11)
     assert logits_bytes(config(learner=learner()), large) == 6 * 64 * (1 << 20) + 6 * (1 << 31)
 

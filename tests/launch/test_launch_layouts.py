@@ -6,8 +6,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from common.errors import ConfigError
+from common.hardware import PlacementConfig
 from common.layout import load_config
-from launch.plan import REPOSITORY
+from launch import checks
+from launch.builtin import tiny_directory, with_tiny_task
+from launch.cluster import LAYOUTS
 from tests.launch.conftest import SHAPE, Cluster
 
 PAPER = {"loss.clip_low": 3e-4, "loss.clip_high": 4e-4, "loss.proximal": "recompute", "group_size": 16}
@@ -87,38 +91,62 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 PLANS = {
     "ep8": (
-        "model: 30,532,122,624 parameters",
+        "model: Qwen/Qwen3-30B-A3B-Base, 30,532,122,624 parameters",
         "placement: 16 GPUs on 2 nodes of 8",
         "node 0: GPU 0-7 learner 0-7",
         "node 1: GPU 0-3 generator-0, GPU 4-7 generator-1",
         "learner: data 4, tensor 2, expert 8",
         "rank 5 on node 0 GPU 5: data 2, tensor 1, expert 5",
-        "rank 0-7, 4,400,822,272 parameters: weights 8.20 GiB + gradients 16.39 GiB + optimizer 14.22 GiB + ",
-        "GiB of 80; on the host 28.45 GiB",
-        "memory of each of an engine's 4 GPUs: weights 14.24 GiB + KV cache 45.78 GiB (2,000,000 tokens)",
-        "bytes per weight update: 56.87 GiB, read by each of 2 generators",
+        "rank 0-7, 4,400,822,272 parameters:",
+        "    weights         8.20 GiB  bfloat16",
+        "    gradients      16.39 GiB  float32",
+        "    optimizer      14.22 GiB  float32 masters; the moments are on the host",
+        "    in all         51.33 GiB  of 80.00 GiB, 28.67 GiB free",
+        "    on the host    28.45 GiB",
+        "memory of each of an engine's 4 GPUs (tensor 4, data 1, expert 1):",
+        "    KV cache       45.78 GiB  2,000,000 tokens: 195 of the longest sequences",
+        "    in all         60.01 GiB  of 64.00 GiB, 3.99 GiB free; 16.00 GiB are left",
+        "  node 0: optimizer state 227.58 GiB + published weights 170.61 GiB = 398.19 GiB of 1024.00 GiB",
+        "  node 1: nothing that is counted",
+        "bytes per weight update: 56.87 GiB, the whole model, once a step; written by the learner and",
+        "the launcher starts processes on one machine alone, and refuses to start these",
+        "generator-1 on node 1: CUDA_VISIBLE_DEVICES=4,5,6,7 python -m generator",
+        "learner on node 0: CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 python -m torch",
+        "each expert gets as many tokens as the others",
     ),
     "ep4": (
         "node 1: GPU 0-3 generator-0, GPU 4-7 generator-1",
         "learner: data 2, tensor 4, expert_data 2, expert 4",
         "rank 6 on node 0 GPU 6: data 1, tensor 2, expert_data 1, expert 2",
-        "(500,000 tokens in each of 4 copies)",
+        "500,000 tokens in each of 4 copies: 48 of the longest sequences",
+        "    in all         62.40 GiB  of 80.00 GiB, 17.60 GiB free",
     ),
     "dense3b": (
-        "model: 3,085,938,688 parameters",
+        "model: Qwen/Qwen2.5-3B-Instruct, 3,085,938,688 parameters",
         "placement: 8 GPUs on 1 node of 8",
         "node 0: GPU 0-3 learner 0-3, GPU 4 generator-0, GPU 5 generator-1, GPU 6 generator-2, GPU 7 generator-3",
         "generator-3: CUDA_VISIBLE_DEVICES=7 python -m generator",
         "learner: CUDA_VISIBLE_DEVICES=0,1,2,3 python -m torch.distributed.run",
-        "memory of an engine's GPU: weights 5.75 GiB + KV cache 51.50 GiB (1,500,000 tokens)",
-        "bytes per weight update: 5.75 GiB, read by each of 4 generators",
+        "memory of each engine's GPU (tensor 1, data 1, expert 1):",
+        "    KV cache       51.50 GiB  1,500,000 tokens: 146 of the longest sequences",
+        "bytes per weight update: 5.75 GiB, the whole model, once a step; written by the learner and",
+    ),
+    "ep8-tiny": (
+        "model: ",
+        ", 903,936 parameters",
+        "placement: this machine",
+        "learner: data 8, expert 8",
+        "  rank 7: data 7, expert 7",
+        "  rank 0-7, 215,808 parameters:",
+        "    KV cache       64.00 MiB  65,536 tokens: 819 of the longest sequences",
+        "3 versions and one in the making are in /dev/shm: 13.79 MiB",
     ),
 }
 
 
 @pytest.mark.parametrize("layout", RECIPES)
 def test_a_layout_has_the_values_of_its_recipe(layout: str) -> None:
-    config = load_config(REPOSITORY / "launch" / "layouts" / f"{layout}.toml", [])
+    config = load_config(LAYOUTS / f"{layout}.toml", [])
     values: Any = msgspec.to_builtins(config)
     assert {path: _at(values, path) for path in RECIPES[layout]} == RECIPES[layout]
     assert config.max_staleness > 0
@@ -133,9 +161,10 @@ def test_a_dry_run_without_a_model_is_a_plan_for_the_one_it_is_made_for(
     assert ended.returncode == 0, ended.stderr
     for words in PLANS[layout]:
         assert words in ended.stdout
+    config = load_config(LAYOUTS / f"{layout}.toml", [])
     copy = tmp_path / "copy.toml"
     copy.write_text(ended.stdout)
-    assert load_config(copy, []) == load_config(REPOSITORY / "launch" / "layouts" / f"{layout}.toml", [])
+    assert load_config(copy, []) == (config if config.made_for else with_tiny_task(config, tiny_directory(config)))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +187,20 @@ def test_a_dry_run_without_a_model_is_a_plan_for_the_one_it_is_made_for(
             ("dense3b", "generator.max_total_tokens=2000000"),
             ("generator-0: found weights 5.75 GiB + KV cache 68.66 GiB", "= 64.00 GiB"),
         ),
-        (("ep8", "placement.host_memory_gib=300"), ("node 0: found 398.", "placement.host_memory_gib = 300")),
+        (
+            ("ep8", "placement.host_memory_gib=300"),
+            (
+                "node 0: found optimizer state 227.58 GiB + published weights 170.61 GiB",
+                "host_memory_gib = 300",
+            ),
+        ),
+        (("ep8", "placement.host_memory_gib=450", "loss.kl_coefficient=0.01"), ("+ reference 65.58 GiB + ",)),
+        (("ep8", "weights.keep=16"), ("published weights 966.8", "expected at most placement.host_memory_gib = 1024")),
+        (("ep8", "placement.gpu_memory_gib=48"), ("= 51.33 GiB, expected at most placement.gpu_memory_gib = 48",)),
+        (("ep8", "learner.max_tokens_per_microbatch=204800"), ("activations 21.48 GiB", "one layer 35.26 GiB")),
+        (("ep8-tiny", "learner.parallel.data=5", "learner.parallel.expert=5"), ("found 5", "num_experts = 8")),
+        (("local", "learner.parallel.tensor=4"), ("found 4, expected a divisor", "num_key_value_heads = 2")),
+        (("local", "sampling.max_tokens=512"), ("the built-in model: found max_position_embeddings = 512",)),
         (("ep8", "learner.parallel.data=2", "learner.parallel.tensor=8"), ("num_key_value_heads = 4",)),
         (("dense3b", "learner.parallel.tensor=4"), ("found 4, expected a divisor of the model's num_key_value_heads",)),
         (("dense3b", "generator.parallel.data=2"), ("generator.parallel.data: found 2, expected 1",)),
@@ -186,13 +228,30 @@ def test_nothing_is_downloaded(cluster: Cluster, prompts: Path) -> None:
     assert "nothing is downloaded: hf download NAME --local-dir DIR" in ended.stderr
 
 
-def test_several_nodes_are_planned_and_not_started(cluster: Cluster, model: Path, prompts: Path) -> None:
+def test_several_nodes_are_planned_and_not_started(
+    cluster: Cluster, model: Path, prompts: Path, tmp_path: Path
+) -> None:
     arguments = ("--layout", "local", f"model={model}", f"data.train={prompts}", "placement.gpus_per_node=1")
     planned = cluster(*arguments, "--dry-run")
     assert "placement: 2 GPUs on 2 nodes of 1" in planned.stdout, planned.stderr
     ended = cluster(*arguments)
-    assert ended.returncode == 2
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1)
     assert "placement: found 2 nodes of 1 GPUs, expected 1" in ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_machine_without_the_gpus_of_the_plan_starts_nothing(
+    model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = load_config(LAYOUTS / "local.toml", [f"model={model}", f"data.train={prompts}"])
+    config = msgspec.structs.replace(config, placement=PlacementConfig(gpus_per_node=2))
+    monkeypatch.setattr(checks, "DEVICES", tmp_path)
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidiactl").touch()
+    with pytest.raises(ConfigError, match="found 2 GPUs for learner ranks and engines, expected at most the 1 of this"):
+        checks.check_inputs(config)
+    (tmp_path / "nvidia1").touch()
+    assert checks.check_inputs(config).hidden_size == SHAPE["hidden_size"]
 
 
 def test_a_dry_run_needs_no_more_of_a_model_than_its_config(cluster: Cluster, model: Path, prompts: Path) -> None:
@@ -201,7 +260,7 @@ def test_a_dry_run_needs_no_more_of_a_model_than_its_config(cluster: Cluster, mo
     ended = cluster("--layout", "local", f"model={model}", f"data.train={prompts}", "--dry-run")
     assert ended.returncode == 0, ended.stderr
     attention, mlp, norms = 8 * (8 + 2 * 4) + 8 * 8 + 2 * 4, 3 * 8 * 16, 2 * 8
-    assert f"model: {2 * 64 * 8 + 2 * (attention + mlp + norms) + 8:,} parameters" in ended.stdout
+    assert f"model: {model}, {2 * 64 * 8 + 2 * (attention + mlp + norms) + 8:,} parameters" in ended.stdout
     assert SHAPE["num_hidden_layers"] == 2
 
 

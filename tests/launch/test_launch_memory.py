@@ -1,12 +1,12 @@
-"""The estimate beside what a real update holds, on one rank."""
+"""The estimate beside what a real update holds, on one rank and on two."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.bench.memory import KINDS, RECOMPUTE, measure
+from tests.bench.memory import DIVISIONS, KINDS, RECOMPUTE, measure, measure_ranks
 
-TOLERANCE = 0.05
+TOLERANCE, RANKS_TOLERANCE = 0.05, 0.1
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -28,3 +28,16 @@ def test_the_estimate_holds_in_bfloat16(kind: str, tmp_path: Path) -> None:
 def test_the_estimate_holds_where_layers_take_more_than_logits(recompute: str, tmp_path: Path) -> None:
     measured, estimated = measure(tmp_path, "qwen3", recompute, vocab_size=128)
     assert estimated.peak == pytest.approx(measured.peak, rel=TOLERANCE)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_the_estimate_is_what_two_ranks_hold(division: str, tmp_path: Path) -> None:
+    kind, parallel = DIVISIONS[division]
+    ranks = measure_ranks(tmp_path, kind, 2, **parallel)
+    for measured, estimated in ranks:
+        assert measured[:2] == estimated[:2]
+        assert estimated.optimizer == pytest.approx(measured.optimizer, rel=0.01)
+    assert sum(e.optimizer for _, e in ranks) == pytest.approx(sum(m.optimizer for m, _ in ranks), rel=1e-4)
+    # of all ranks together: a router of random weights sends one rank's experts more tokens than the other's
+    assert sum(e.peak for _, e in ranks) == pytest.approx(sum(m.peak for m, _ in ranks), rel=RANKS_TOLERANCE)

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
+import learner.megatron  # noqa: F401  # makes Megatron importable where there is no CUDA
 from common.config import Config
 from launch.placement import Engine, place
 
@@ -29,8 +30,6 @@ def config(gpus: int, *, engines: int = 1, engine_gpus: int = 1, **parallel: Any
 )
 def test_coordinates_are_those_of_megatrons_groups(parallel: dict[str, int]) -> None:
     from megatron.core.parallel_state import RankGenerator
-
-    import learner.megatron  # noqa: F401  # makes Megatron importable where there is no CUDA
 
     settings = config(8, **parallel)
     sizes = settings.learner.parallel

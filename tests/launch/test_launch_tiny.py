@@ -15,9 +15,11 @@ from common.shape import read_shape
 from launch.builtin import build_once, tiny_directory, with_tiny_task
 from launch.checks import count_parameters
 from launch.cluster import LAYOUTS
+from launch.parameters import model_parameters
 from launch.plan import REPOSITORY, tiny_command
 from launch.processes import ProcessError
-from launch.tiny import EOS, PAD, Pair, save_tokenizer, slipped_sum, split_pairs
+from launch.tiny import EOS, PAD, Pair, _new_model, save_tokenizer, slipped_sum, split_pairs
+from launch.tiny_sizes import tiny_shape
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -95,6 +97,15 @@ def test_the_tiny_task_fills_the_empty_keys(tmp_path: Path) -> None:
     assert config.data.test_files[0].path == str(tmp_path / "test.jsonl")
 
 
+@pytest.mark.parametrize("num_experts", [0, 8])
+def test_the_sizes_are_known_before_it_is_built(num_experts: int, tmp_path: Path) -> None:
+    _new_model(num_experts).save_pretrained(tmp_path)
+    found, expected = read_shape(tmp_path), tiny_shape(num_experts)
+    differing = {f for f in expected.__struct_fields__ if getattr(found, f) != getattr(expected, f)}
+    assert differing <= {"num_experts", "num_local_experts", "rope_theta"}  # of which each has two names
+    assert (found.total_experts, found.rotary_base) == (expected.total_experts, expected.rotary_base)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("num_experts", "num_parameters"), [(0, 410_000), (8, 900_000)])
 def test_the_tiny_model_is_built_and_the_ledger_takes_it(num_experts: int, num_parameters: int, tmp_path: Path) -> None:
@@ -103,6 +114,7 @@ def test_the_tiny_model_is_built_and_the_ledger_takes_it(num_experts: int, num_p
     subprocess.run(tiny_command(tmp_path / "tiny", 1, num_experts), cwd=REPOSITORY, check=True, timeout=300)
     config = with_tiny_task(load_config(LAYOUTS / "local.toml", []), tmp_path / "tiny")
     assert read_shape(Path(config.model)).total_experts == num_experts
+    assert count_parameters(Path(config.model)) == model_parameters(tiny_shape(num_experts))
     assert count_parameters(Path(config.model)) == pytest.approx(num_parameters, rel=0.05)
     write_resolved(config, tmp_path)
     RunKeys.create(tmp_path)

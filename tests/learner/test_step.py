@@ -130,6 +130,52 @@ def test_the_first_update_of_a_step_is_inside_every_clip() -> None:
     assert metrics["ratio_mean"] == 1
 
 
+def test_before_any_update_of_the_step_no_ratio_is_outside_the_clip() -> None:
+    assert step()["noise_floor"] == 0
+    assert step()["clip_fraction"] > 0
+
+
+def test_against_the_generator_the_noise_floor_is_what_no_update_did() -> None:
+    loss = LossConfig(clip_low=0.6, clip_high=0.6, proximal="generator")
+    config = msgspec.structs.replace(CONFIG, loss=loss)
+    table = torch.log_softmax(policy().model.weight.detach(), -1)
+    order = np.random.default_rng([config.seed, 2]).permutation(8)
+    first = [groups()[i] for i in order[:2]]  # of four updates
+    ratios = []
+    for completion in [c for training in first for c in training.scored.group.completions]:
+        tokens = torch.tensor([5, *wire.ints(completion.token_ids).tolist()])
+        ratios.append(float((table[tokens[:-1], tokens[1:]] + 2.0).double().mean().exp()))
+    outside = [not 0.4 <= ratio <= 1.6 for ratio in ratios]
+    assert 0 < sum(outside) < len(outside)
+    assert step(config)["noise_floor"] == pytest.approx(sum(outside) / len(outside))
+
+
+def test_what_the_loss_does_not_count_is_told_by_reason() -> None:
+    config = msgspec.structs.replace(CONFIG, loss=LossConfig(truncated="mask"))
+    batch = list(groups())
+    outcomes = [wire.Outcome.TIMEOUT, wire.Outcome.ERROR, wire.Outcome.ERROR]
+    for i, outcome in enumerate(outcomes):
+        failed = wire.Grade(outcome=outcome, correct=0.0, reward=0.0)
+        grades = (failed, *batch[i].scored.grades[1:])
+        batch[i] = msgspec.structs.replace(batch[i], scored=msgspec.structs.replace(batch[i].scored, grades=grades))
+    for i in (0, 5):  # the first of group 0 failed, too: it counts once
+        completions = list(batch[i].scored.group.completions)
+        completions[0] = msgspec.structs.replace(completions[0], finish_reason=wire.FinishReason.LENGTH)
+        made = msgspec.structs.replace(batch[i].scored.group, completions=tuple(completions))
+        batch[i] = msgspec.structs.replace(batch[i], scored=msgspec.structs.replace(batch[i].scored, group=made))
+    metrics = step(config, tuple(batch))
+    reasons = {name: metrics[f"num_masked_{name}"] for name in ("timeout", "error", "truncated")}
+    assert reasons == {"timeout": 1, "error": 2, "truncated": 1}
+    assert metrics["num_masked"] == 4
+
+
+def test_groups_that_are_all_right_or_all_wrong_are_counted() -> None:
+    uniform = [{grade.correct for grade in training.scored.grades} for training in groups()]
+    metrics = step(batch=(*groups()[:4], *_all_wrong()[4:]))
+    assert metrics["num_groups_wrong"] == 4 + sum(correct == {0.0} for correct in uniform[:4])
+    assert metrics["num_groups_right"] == sum(correct == {1.0} for correct in uniform[:4])
+
+
 def test_differences_and_weights_are_those_of_every_token() -> None:
     config = Config(groups_per_step=8, group_size=4, updates_per_step=1, sampling=SamplingConfig(max_tokens=8))
     metrics = step(config)
@@ -222,7 +268,7 @@ def test_the_first_update_is_at_the_reference_and_the_next_is_not() -> None:
 def test_measures_of_parts_are_those_of_the_whole_and_nothing_is_nan() -> None:
     nothing = summarize(add_up([]), 8, 0.1)
     assert all(math.isnan(value) for name, value in nothing.items() if name != "num_tokens")
-    some = Measures(torch.ones(2, 8, dtype=torch.float64), torch.ones(7, dtype=torch.float64), torch.arange(2048))
+    some = Measures(torch.ones(2, 10, dtype=torch.float64), torch.ones(7, dtype=torch.float64), torch.arange(2048))
     twice = summarize(some + some, 8, 0.1)
     assert {n: v for n, v in twice.items() if n != "num_tokens" and not math.isnan(v)} == {
         n: v for n, v in summarize(some, 8, 0.1).items() if n != "num_tokens" and not math.isnan(v)

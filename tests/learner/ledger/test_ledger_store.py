@@ -11,6 +11,7 @@ from common.config import Config
 from common.errors import RunDirectoryError
 from common.versions import Version
 from learner.ledger.audit import audit
+from learner.ledger.judgement import ALL_RIGHT, ALL_WRONG
 from learner.ledger.order import DataOrder, PromptRange
 from learner.ledger.prompts import prepare
 from learner.ledger.schema import FILE
@@ -139,3 +140,16 @@ def test_a_manifest_and_members_outlive_the_process(tmp_path: Path) -> None:
     again = Store(tmp_path)
     assert again.manifest() == manifest
     assert again.members() == [("verifier-0", "verifier", "tcp://x")]
+
+
+def test_filtered_visits_are_counted_by_reason(make_run: MakeRun, make_group: MakeGroup) -> None:
+    run_dir, config = make_run(group_size=3, max_staleness=4)
+    store = Store(run_dir)
+    prepare(store, config)
+    ledger = store.ledger(config, 0.0)
+    version = ledger.begin(None)
+    outcomes = [(1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.0, None, 0.0), (1.0, 0.0, 0.0)]
+    for lease, correct in zip(ledger.grant("generator-0", version, 4, 0.0), outcomes, strict=True):
+        ledger.store(make_group(lease.key, version, correct), b"")
+    store.save(ledger.drain(), store.evaluations(config, 0.0).drain())
+    assert store.filtered() == {ALL_RIGHT: 1, ALL_WRONG: 2}
