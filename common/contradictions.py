@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from common.contradictions_of_checkpoints import of_checkpoints
 from common.hardware import PlacementConfig
 from common.learning import LossConfig, OptimizerConfig, ParallelConfig
 from common.sections import SamplingConfig
@@ -30,6 +31,7 @@ def contradictions(config: "Config") -> Contradictions:
         *_of_ranks(config.learner.parallel),
         *_of_machines(config),
         *_of_engines(config),
+        *of_checkpoints(config),
     ]
 
 
