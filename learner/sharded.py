@@ -101,7 +101,7 @@ def write(path: Path, state: State, group: dist.ProcessGroup | None) -> None:
     planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _one_line(path, "written"):
         path.mkdir(parents=True, exist_ok=True)
-        writer = FileSystemWriter(path)
+        writer = FileSystemWriter(path, per_thread_copy_ahead=0)  # else its thread makes a context on the first GPU
         save(dict(state), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
 
 

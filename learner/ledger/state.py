@@ -171,9 +171,7 @@ class Ledger:
     def begin(self, checkpoint: Version | None, sequence: int = 0) -> Version:
         """The version under which the learner goes on from `checkpoint`; what it trained after that is scored again.
 
-        Args:
-            checkpoint: What the learner holds; None for the starting weights.
-            sequence: Number of the commit that made it.
+        `sequence` is the number of the commit that made the checkpoint.
 
         Raises:
             RefusedError: The checkpoint is not of this run's path, or what followed it is no longer kept.

@@ -93,13 +93,15 @@ class Optimizer:
         self.schedule.num_steps = 0
         self.schedule.step(num_counted)
 
-    def owned(self, parameter: torch.nn.Parameter) -> Owned | None:
-        """This rank's range of a parameter; None where others have all of it."""
+    def owned(self, parameter: torch.nn.Parameter, *, copy: bool) -> Owned | None:
+        """This rank's range of a parameter, live or copied to host memory; None where others have all of it."""
         for part in self._parts:
             if parameter in part.model_param_group_index_map:
                 tensors = part._get_main_param_and_optimizer_states(parameter)
                 start = part._get_model_param_range_map(parameter)["param"].start
-                return Owned(start, {WEIGHT: tensors.pop("param")} | {f"{kind}.": t for kind, t in tensors.items()})
+                tensors = {WEIGHT: tensors.pop("param")} | {f"{kind}.": tensor for kind, tensor in tensors.items()}
+                flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}
+                return Owned(start, {kind: t.to("cpu", copy=True) for kind, t in flat.items()} if copy else flat)
         return None
 
     @property

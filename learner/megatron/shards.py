@@ -18,7 +18,7 @@ from torch import Tensor
 from common.shape import ModelShape
 from learner.megatron.convert import Conversion, conversions
 from learner.megatron.model import HiddenStateModel
-from learner.megatron.optimizer import Optimizer
+from learner.megatron.optimizer import Optimizer, Owned
 from learner.megatron.parallel import Place
 from learner.sharded import Part, Sharded
 
@@ -57,12 +57,16 @@ def optimizer_shards(
     shards: dict[str, Sharded] = {}
     for piece in pieces:
         parameters = dict(piece.named_parameters())
+        owned: dict[str, Owned | None] = {}
         for row in _rows(piece, parameters, shape, place):
-            parameter = parameters[row.megatron]
             is_copy = row.dim is None and row.part(place).rank != 0
             tied = row.megatron == _OUTPUT and shape.tie_word_embeddings
-            if not (copy and (is_copy or tied)):
-                shards |= _of_parameter(parameter, row, optimizer, place, copy=copy)
+            if copy and (is_copy or tied):
+                continue
+            if row.megatron not in owned:
+                owned[row.megatron] = optimizer.owned(parameters[row.megatron], copy=copy)
+            if (own := owned[row.megatron]) is not None:
+                shards |= _of_row(parameters[row.megatron], row, own, place)
     return shards
 
 
@@ -79,23 +83,16 @@ def _rows(
         yield Conversion(_OUTPUT, names, lambda own: [own], lambda parts: parts[0], 0)
 
 
-def _of_parameter(
-    parameter: torch.nn.Parameter, row: Conversion, optimizer: Optimizer, place: Place, *, copy: bool
-) -> dict[str, Sharded]:
-    """This rank's range of a parameter, as parts of Hugging Face's tensors."""
-    owned = optimizer.owned(parameter)
-    if owned is None:
-        return {}
+def _of_row(parameter: Tensor, row: Conversion, own: Owned, place: Place) -> dict[str, Sharded]:
+    """This rank's range of a parameter, as parts of the tensors that a row of the table is about."""
     width = parameter.shape[-1] if parameter.dim() > 1 else 1
     runs = _runs(parameter, row, place)
+    sizes = {run.name: run.size for run in runs}
     shards: dict[str, Sharded] = {}
-    for kind, live in owned.tensors.items():
-        flat = live.detach().view(-1)
-        flat = flat.to("cpu", copy=True) if copy else flat
+    for kind, flat in own.tensors.items():
         parts: dict[str, list[Part]] = {}
         for run in runs:
-            parts.setdefault(run.name, []).extend(_boxes(run, flat, owned.start, width))
-        sizes = {run.name: run.size for run in runs}
+            parts.setdefault(run.name, []).extend(_boxes(run, flat, own.start, width))
         shards |= {kind + name: Sharded(sizes[name], found) for name, found in parts.items() if found}
     return shards
 
@@ -105,12 +102,13 @@ def _runs(parameter: Tensor, row: Conversion, place: Place) -> list[_Run]:
     is_matrix = parameter.dim() > 1
     leading = parameter.shape[:-1] if is_matrix else parameter.shape
     numbers = torch.arange(math.prod(leading)).view(*leading, 1) if is_matrix else torch.arange(len(parameter))
-    columns = (parameter.shape[-1],) if is_matrix else ()
+    columns = tuple(parameter.shape[-1:]) if is_matrix else ()
     share = row.part(place)
     runs: list[_Run] = []
-    for name, part in zip(row.hugging_face, row.split(numbers), strict=True):
+    for name, part, whole in zip(row.hugging_face, row.split(numbers), row.split(parameter.detach()), strict=True):
         rows = part.flatten().numpy()
         local = (len(rows), *columns)
+        assert whole.shape == local, f"{row.megatron}: a conversion that does not move whole rows"
         size, start = list(local), [0] * len(local)
         if row.dim is not None:
             size[row.dim] *= share.size
@@ -118,7 +116,6 @@ def _runs(parameter: Tensor, row: Conversion, place: Place) -> list[_Run]:
         edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
         for a, b in pairwise(edges):
             runs.append(_Run(name, tuple(size), int(rows[a]), b - a, (start[0] + a, *start[1:])))
-    assert sum(run.num for run in runs) == math.prod(leading), f"{row.megatron}: rows are lost"
     return runs
 
 

@@ -23,9 +23,9 @@ def test_a_loaded_policy_continues_bit_for_bit(kind: str, dtype: str, tmp_path: 
     whole = Policy(config)
     _update(whole, 1)
     _update(whole, 2)
-    write(tmp_path / "saved", whole.snapshot(), None)
-    noise = torch.rand(3)
+    state, noise = whole.snapshot(), torch.rand(3)
     rate = _update(whole, 3)
+    write(tmp_path / "saved", state, None)  # a snapshot does not see what is trained after it
 
     resumed = Policy(config)
     _update(resumed, 9)
