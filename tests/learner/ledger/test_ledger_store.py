@@ -139,3 +139,15 @@ def test_a_manifest_and_members_outlive_the_process(tmp_path: Path) -> None:
     again = Store(tmp_path)
     assert again.manifest() == manifest
     assert again.members() == [("verifier-0", "verifier", "tcp://x")]
+
+
+def test_a_new_session_finds_nobody_in_the_run_and_nothing_published(tmp_path: Path) -> None:
+    """Weights of a session before are gone, and its verifiers are dead: nobody may be sent there."""
+    store = Store(tmp_path)
+    store.save_member("verifier-0", "verifier", "tcp://127.0.0.1:1")
+    store.save_manifest(
+        wire.Manifest(version=Version(0, 3), path="/gone", size_bytes=1, probe_token_ids=b"", probe_logprobs=b"")
+    )
+    store.begin_session()
+    assert store.members() == []
+    assert store.manifest() is None
