@@ -55,7 +55,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, options in conformance.MODELS.items():
         tiny.build(base / kind, kind, **options)
     for kind in DENSE + EXPERTS:
-        tiny.build(base / "whole" / kind, kind, vocab_size=64, dtype=torch.bfloat16)
+        sizes = {"vocab_size": 64} | ({"moe_intermediate_size": 32} if kind in EXPERTS else {})
+        tiny.build(base / "whole" / kind, kind, dtype=torch.bfloat16, **sizes)
     for num_ranks, work in ((2, _two_ranks), (4, _four_ranks)):
         processes.spawn(_rank, args=(num_ranks, work, base), nprocs=num_ranks)
     return base
