@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TextIO
 
 from common.errors import RunDirectoryError
 
@@ -23,6 +24,15 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def append_lines(path: Path) -> TextIO:
+    """The file, to append whole lines to; an unfinished last one, which a killed process left, is cut off."""
+    if path.exists():
+        with path.open("rb+") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+    return path.open("a", buffering=1)
 
 
 def read_private(path: Path) -> bytes:

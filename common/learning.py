@@ -123,6 +123,7 @@ class LearnerConfig(Section):
             tensor at a time.
         checkpoint_every: Steps between checkpoints; there is one after the last step in any case.
         keep_checkpoints: How many of the newest are kept.
+        keep_every: Those of every so many steps are kept as well; 0 is none.
         routing_replay: Whether each token goes to the experts that the engine sent it to; for a model that has experts.
         parallel: How ranks share the model and the batch.
     """
@@ -133,5 +134,6 @@ class LearnerConfig(Section):
     offload_optimizer: bool = False
     checkpoint_every: Count = 50
     keep_checkpoints: Count = 2
+    keep_every: Natural = 0
     routing_replay: bool = False
     parallel: ParallelConfig = ParallelConfig()

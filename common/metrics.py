@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.files import append_lines
+
 METRICS = "metrics.jsonl"
+COMPLETE, STOPPED = "all steps are done", "stopped on request"  # why a run ended by itself
 
 
 class MetricsWriter:
@@ -16,7 +19,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path) -> None:
         from tensorboardX import SummaryWriter
 
-        self._file = (run_dir / METRICS).open("a", buffering=1)
+        self._file = append_lines(run_dir / METRICS)
         self._events = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(self, kind: str, step: int, **values: float | int | str | dict[str, int] | None) -> None:

@@ -27,6 +27,11 @@ class RunKeys(msgspec.Struct, frozen=True):
         return keys
 
     @classmethod
+    def load_or_create(cls, run_dir: Path) -> Self:
+        """Those of a run that goes on, or new ones."""
+        return cls.load(run_dir) if (run_dir / _KEYS).exists() else cls.create(run_dir)
+
+    @classmethod
     def load(cls, run_dir: Path) -> Self:
         """The keys of the run.
 

@@ -29,6 +29,7 @@ class RunConfig(Section):
     Attributes:
         name: Pattern of the run's name, in strftime's form; the directory is `runs/NAME`.
         dir: The run directory, in place of `runs/NAME` where not empty.
+        resume: With `auto` a run that is in the directory goes on, with other keys where they may change (see below).
         stall_timeout_s: How long the run may stand still before it stops with a non-zero exit code.
         stop_timeout_s: How long each role may take to stop before it is killed.
         max_restarts: How often one process may be restarted before the run stops.
@@ -38,6 +39,7 @@ class RunConfig(Section):
 
     name: str = "run-%Y%m%d-%H%M%S"
     dir: str = ""
+    resume: Literal["never", "auto"] = "never"
     stall_timeout_s: Seconds = 300.0
     stop_timeout_s: Seconds = 60.0
     max_restarts: Natural = 5

@@ -65,14 +65,16 @@ def _dry_run(config: Config) -> str:
     from launch.builtin import tiny_directory, with_tiny_task
     from launch.checks import check_plan
     from launch.resolved import describe
-    from launch.run_directory import check_unused, run_path
+    from launch.resume import find_earlier, resume_lines
+    from launch.run_directory import run_path
 
     path = run_path(config)
-    check_unused(path)
+    earlier = find_earlier(config, path)
     shape = check_plan(config)
     if not config.model and not config.made_for:
         config = with_tiny_task(config, tiny_directory(config))
-    return describe(config, path, shape)
+    resumed = "" if earlier is None else "".join(f"# {line}\n" for line in resume_lines(earlier, config, path))
+    return resumed + describe(config, path, shape)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

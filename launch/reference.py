@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from common.config import Config
+from common.resume import MAY_CHANGE
 from common.sections import DataFile, Section
 
 HEAD = r"""# Configuration
@@ -34,6 +35,20 @@ as text, so paths need no quotes: `model=../qwen`. Relative paths are meant from
 **`--dry-run`** makes the checks, prints the resolved configuration as a layout that comes to the same, with the
 processes, their command lines and the derived numbers as comments, and starts nothing. The resolved configuration is in
 the run directory, as `config.json`, before any process starts; every process reads it there.
+"""
+RESUME = f"""## What may change when a run goes on
+
+With `run.resume=auto` the command that starts a run goes on with the one that is in the run directory: stopped, crashed
+or complete with a larger `steps`. It begins one where the directory is new or empty. The configuration is compared with
+the run's `config.json`, what has changed is said, and the new one takes its place. Only these keys may change
+(`common/resume.py`):
+
+{", ".join(f"`{rule}`" for rule in MAY_CHANGE)}.
+
+The others decide how many groups make up a step and what is stored of one (`group_size`, `groups_per_step`,
+`updates_per_step`, `learner.routing_replay`), which prompts come in which order (`data.*`, `seed`, `tiny.*`), what the
+weights are (`model`, `learner.dtype`), what is sampled (`sampling.*`), or what the run's figures mean (`max_staleness`,
+and how it is evaluated). `--dry-run` makes the same comparison.
 """
 TAIL = """## What the checks refuse
 
@@ -64,7 +79,7 @@ start. A layout or override is named as it was written:
 - What is missing, broken or taken (`launch/checks.py`, `launch/run_directory.py`): files of prompts; a model directory
   without config, fast tokenizer or whole weights, or of another architecture than the supported ones; `weights.dir`
   without room for `weights.keep` + 1 versions; `run.host` and `run.ledger_port` that cannot be bound; a run directory
-  that is not new or empty.
+  that is not new or empty, unless a run goes on there.
 - What is wrong with the prompts (docs/data.md).
 
 What is allowed and may surprise is said instead, as `note:`, at the start and in the dry run (`launch/notices.py`): one
@@ -76,7 +91,7 @@ pass of a reference; truncated sampling; no held-out prompts; shuffled rewards.
 def reference() -> str:
     """The page."""
     sections = [*_sections("Top level", Config, ""), *_section("A file of `data.train` or `data.test`", DataFile, "")]
-    return "\n".join([HEAD, *sections, TAIL])
+    return "\n".join([HEAD, *sections, RESUME, TAIL])
 
 
 def _sections(title: str, section: type[Section], prefix: str, values: Section | None = None) -> Iterator[str]:

@@ -35,7 +35,7 @@ def read_rows(run_dir: Path) -> Rows:
     end: Row = {}
     for row, _ in read_metrics(run_dir):
         if row["kind"] == "step":
-            steps[row["step"]] = row
+            steps[row["step"]], end = row, {}
         elif row["kind"] == "evaluation":
             evaluations[row["step"], row["source"]] = row
         elif row["kind"] == "end":

@@ -21,20 +21,22 @@ class RunDirectory:
         path: Absolute.
     """
 
-    def __init__(self, path: Path, lock: TextIO, *, is_new: bool) -> None:
+    def __init__(self, path: Path, lock: TextIO, *, is_new: bool, has_run: bool) -> None:
         self.path = path
         self._lock = lock
         self._is_new = is_new
+        self._has_run = has_run
 
     @classmethod
-    def claim(cls, path: Path) -> Self:
-        """Makes the directory, or takes an empty one.
+    def claim(cls, path: Path, *, has_run: bool) -> Self:
+        """Makes the directory, or takes an empty one, or one with a run that goes on.
 
         Raises:
-            RunDirectoryError: It is in use, holds something already, or cannot be written.
+            RunDirectoryError: It is in use, holds something else, or cannot be written.
         """
         is_new = not path.exists()
-        check_unused(path)
+        if not has_run:
+            check_unused(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / LOCK).open("w")
@@ -43,10 +45,13 @@ class RunDirectory:
         if not try_lock(lock):
             lock.close()
             raise _in_use(path)
-        return cls(path, lock, is_new=is_new)
+        return cls(path, lock, is_new=is_new, has_run=has_run)
 
     def discard(self) -> None:
-        """Empties the directory, and removes it where this launcher made it: nothing half-made is left."""
+        """Empties the directory, and removes it where this launcher made it; one with a run is left as it is."""
+        if self._has_run:
+            self._lock.close()
+            return
         for entry in self.path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         if self._is_new:
@@ -89,8 +94,24 @@ def check_unused(path: Path) -> None:
         with (path / LOCK).open("r") as lock:
             if not try_lock(lock):
                 raise _in_use(path)
-        raise RunDirectoryError(f"run.dir: {path}: found a run that has ended, expected a new or empty directory")
+        raise RunDirectoryError(
+            f"run.dir: {path}: found a run that has ended, expected a new or empty directory, or run.resume=auto"
+        )
     raise RunDirectoryError(f"run.dir: {path}: found other files, expected a new or empty directory")
+
+
+def check_free(path: Path) -> None:
+    """Checks that no launcher is at work in the directory of a run.
+
+    Raises:
+        RunDirectoryError: One is, or the directory cannot be written.
+    """
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"run.dir: {path}: cannot be written, expected a directory that can")
+    if (path / LOCK).exists():
+        with (path / LOCK).open("r") as lock:
+            if not try_lock(lock):
+                raise _in_use(path)
 
 
 def try_lock(file: TextIO) -> bool:
@@ -103,4 +124,4 @@ def try_lock(file: TextIO) -> bool:
 
 
 def _in_use(path: Path) -> RunDirectoryError:
-    return RunDirectoryError(f"run.dir: {path}: found a run at work there, expected a new or empty directory")
+    return RunDirectoryError(f"run.dir: {path}: found a run at work there, expected none")

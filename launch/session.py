@@ -11,7 +11,7 @@ from rich.console import Console
 from common.config import Config
 from common.layout import write_resolved
 from common.log import logger, start_logging
-from common.rendezvous import RunKeys
+from common.rendezvous import RENDEZVOUS, RunKeys
 from launch.builtin import build_once, tiny_directory, with_tiny_task
 from launch.checks import check_inputs
 from launch.display import Display
@@ -21,7 +21,8 @@ from launch.processes import ProcessError, Supervisor, run_foreground
 from launch.progress import Progress
 from launch.published import PublishedWeights, remove_abandoned
 from launch.report import write_report
-from launch.run_directory import RunDirectory, check_unused, run_path
+from launch.resume import find_earlier, is_complete, resume_lines
+from launch.run_directory import RunDirectory, run_path
 
 
 def run(config: Config) -> int:
@@ -33,7 +34,7 @@ def run(config: Config) -> int:
     signal.signal(signal.SIGTERM, _leave)
     display = Display(Console(highlight=False))
     path = run_path(config)
-    check_unused(path)
+    earlier = find_earlier(config, path)
     remove_abandoned(Path(config.weights.dir))
     shape = check_inputs(config)
     for line in notices(config, shape):
@@ -43,7 +44,11 @@ def run(config: Config) -> int:
         build_once(tiny, config, display.notice)
         config = with_tiny_task(config, tiny)
         check_inputs(config)
-    directory = RunDirectory.claim(path)
+    if earlier is not None:
+        display.notice("\n".join(resume_lines(earlier, config, path)))
+        if is_complete(earlier, config):
+            return 0
+    directory = RunDirectory.claim(path, has_run=earlier is not None)
     weights = _prepare(config, directory, display)
     try:
         plans = plan_processes(config, directory.path)
@@ -56,14 +61,15 @@ def run(config: Config) -> int:
 
 
 def _prepare(config: Config, directory: RunDirectory, display: Display) -> PublishedWeights:
-    """Fills the run directory, or leaves nothing of it; returns the place for the weights.
+    """Fills the run directory, or leaves nothing new of it; returns the place for the weights.
 
     Raises:
         ProcessError: A prompt, or what belongs to it, is wrong.
     """
     try:
         write_resolved(config, directory.path)
-        keys = RunKeys.create(directory.path)
+        keys = RunKeys.load_or_create(directory.path)
+        (directory.path / RENDEZVOUS).unlink(missing_ok=True)
         display.notice(f"run directory: {directory.path}")
         display.notice(run_foreground(prepare_command(directory.path)))
         return PublishedWeights.claim(config.weights.of_run(keys.public))
@@ -100,7 +106,9 @@ async def supervise(plans: list[ProcessPlan], config: Config, run_dir: Path, dis
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    following = asyncio.create_task(display.follow(Progress(run_dir, config.steps)))
+    progress = Progress(run_dir, config.steps)
+    progress.read()  # what a run that goes on has shown already
+    following = asyncio.create_task(display.follow(progress))
     try:
         await supervisor.run(stop)
     except ProcessError:

@@ -2,88 +2,167 @@
 
 RUN/checkpoints/step-000050 is that of a policy version; RUN/checkpoints/best links to the best. In each:
 
-    megatron/       model, optimizer, schedule, random states
-    huggingface/    the same weights, for transformers and SGLang
-    version.json    the policy version
+    megatron/       model, optimizer, schedule, random states, whatever the division over ranks
+    version.json    the policy version, and which commit of the ledger made it
     accuracy.json   held-out accuracy, the mean over all prompts, where it was the best so far
+    huggingface/    the weights for transformers and SGLang, where training ended here
+
+What a save takes from training is the copy to host memory; it is written by a thread, with a process group of its own.
 """
 
 import shutil
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import msgspec
+import torch
 
 from common.config import Config
 from common.errors import RunDirectoryError
 from common.files import write_atomically
 from common.log import logger
+from common.rendezvous import RunKeys
 from common.versions import Version
 from learner.export import write_hugging_face
-from learner.megatron.policy import Policy
 from learner.ranks import Ranks
+from learner.saved import HUGGING_FACE, MEGATRON, VERSION, SavePoint
+from learner.saving import Saving
+from learner.sharded import State
 
-_VERSION = "version.json"
 _ACCURACY = "accuracy.json"
-HUGGING_FACE = "huggingface"
-_MEGATRON = "megatron"
+
+
+class Restorable(Protocol):
+    """A policy that can be saved and loaded: `learner.megatron.policy.Policy`, or a test's."""
+
+    def snapshot(self) -> State:
+        """This rank's part of its state, in memory that nobody changes any more."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Goes back to a snapshot that was written to a directory."""
+        ...
+
+    def export(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Name and tensor of each Hugging Face weight that this rank hands out."""
+        ...
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is whole.
+
+    Attributes:
+        path: Of its directory.
+        version: Of the weights.
+        write_s: What writing it took, beside training.
+    """
+
+    path: Path
+    version: Version
+    write_s: float
 
 
 class Checkpoints:
-    """Saves, loads, and keeps the newest few and the best."""
+    """Saves, loads, and keeps the newest few, every so many, and the best."""
 
     def __init__(self, config: Config, run_dir: Path, ranks: Ranks) -> None:
+        """All ranks must make the same calls in the same order, but `mark_best`, which is the first one's."""
         self._directory = run_dir / "checkpoints"
-        self._ranks = ranks
-        self._keep = config.learner.keep_checkpoints
+        self._ranks, self._group = ranks, ranks.new_group()
+        self._keep, self._keep_every = config.learner.keep_checkpoints, config.learner.keep_every
+        self._patience_s = config.run.stall_timeout_s
         self._model_dir = Path(config.model)
+        self._run = RunKeys.load(run_dir).public
         self._best = self._directory / "best"
+        self._under_way: tuple[SavePoint, Saving] | None = None
+        self._awaited: dict[Version, float] = {}
 
-    def load_newest(self, policy: Policy) -> Version | None:
-        """Loads the newest whole checkpoint into the policy and returns its version; None where there is none."""
+    def load_newest(self, policy: Restorable) -> SavePoint | None:
+        """Loads the newest whole checkpoint into the policy; None where there is none.
+
+        Raises:
+            RunDirectoryError: It is broken, of another model, or of another run.
+        """
+        if self._ranks.is_first:
+            for partial in self._directory.glob(".step-*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
         for path in reversed(self._whole()):
-            policy.load(path / _MEGATRON)
-            version = msgspec.json.decode((path / _VERSION).read_bytes(), type=Version)
-            logger().info("checkpoint_loaded", path=str(path), version=str(version))
-            return version
+            point = SavePoint.read(path)
+            if point.run != self._run:
+                raise RunDirectoryError(
+                    f"{path / VERSION}: found a checkpoint of run {point.run[:8]}, expected one of {self._run[:8]}, "
+                    "which this directory is of"
+                )
+            policy.load(path / MEGATRON)
+            logger().info("checkpoint_loaded", path=str(path), version=str(point.version), sequence=point.sequence)
+            return point
         return None
 
-    def save(self, policy: Policy, version: Version) -> Path:
-        """Writes the checkpoint of a version, on all ranks, and returns the path of its Hugging Face form.
+    def save(self, policy: Restorable, version: Version, sequence: int) -> None:
+        """Begins the checkpoint of a version; the one before must have been finished. `look` and `finish` tell more.
+
+        Args:
+            policy: It may be trained on as soon as this returns.
+            version: Of its weights.
+            sequence: Number of the commit that made them; it counts on the first rank.
 
         Raises:
             RunDirectoryError: The disk is full; what was there before is as it was.
         """
-        path = self._path(version)
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
-            if self._ranks.is_first:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            self._ranks.wait()
-            policy.save(temporary / _MEGATRON)
-            weights = temporary / HUGGING_FACE
-            write_hugging_face(policy.export(), self._model_dir, weights, self._ranks, whole_model=True)
-            if self._ranks.is_first:
-                (temporary / _VERSION).write_bytes(msgspec.json.encode(version))
-                shutil.rmtree(path, ignore_errors=True)
-                temporary.rename(path)
-                self._forget()
-            self._ranks.wait()
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror or error}") from error
-        return path / HUGGING_FACE
+        assert self._under_way is None, "the save before is under way"
+        point = SavePoint(version=version, sequence=sequence, run=self._run)
+        temporary = self._partial(version)
+        self._ranks.share(lambda: _make_anew(temporary), bool)
+        self._under_way = point, Saving(policy.snapshot(), temporary / MEGATRON, self._ranks, self._group)
 
-    def has(self, version: Version) -> bool:
-        """Whether the version has a checkpoint."""
-        path = self._path(version) / _VERSION
-        return path.exists() and msgspec.json.decode(path.read_bytes(), type=Version) == version
+    def look(self) -> Saved | None:
+        """The save under way, once every rank has written its part: it is whole from now on.
+
+        Raises:
+            RunDirectoryError: It cannot be written; what was there before is as it was.
+        """
+        if self._under_way is None:
+            return None
+        with self._leaving_nothing(self._under_way[0]):
+            return self._commit(*self._under_way) if self._under_way[1].is_done() else None
+
+    def finish(self) -> Saved | None:
+        """Waits for the save under way; None where there is none.
+
+        Raises:
+            RunDirectoryError: It cannot be written; what was there before is as it was.
+            StallError: It takes longer than `run.stall_timeout_s`.
+        """
+        if self._under_way is None:
+            return None
+        with self._leaving_nothing(self._under_way[0]):
+            self._under_way[1].wait(self._patience_s)
+            return self._commit(*self._under_way)
+
+    def write_hugging_face(self, policy: Restorable, number: int) -> Path | None:
+        """Adds the Hugging Face form to the checkpoint of a step and returns its path; None where there is none.
+
+        Raises:
+            RunDirectoryError: The disk is full; nothing is left of it.
+        """
+        path = self._path(Version(0, number))
+        if not (path / VERSION).exists():
+            return None
+        weights = path / HUGGING_FACE
+        if not weights.exists():
+            write_hugging_face(policy.export(), self._model_dir, weights, self._ranks, whole_model=True)
+        return weights
 
     def mark_best(self, version: Version, accuracy: float) -> None:
         """Links `best` to the checkpoint of a version, where there is one and no better one has been marked."""
+        if self._under_way is not None and self._under_way[0].version == version:
+            self._awaited[version] = accuracy
+            return
         best = self._best / _ACCURACY
         best_accuracy = msgspec.json.decode(best.read_bytes(), type=float) if best.exists() else -1.0
-        if not self.has(version) or not accuracy >= best_accuracy:
+        if not self._has(version) or not accuracy >= best_accuracy:
             return
         write_atomically(self._path(version) / _ACCURACY, msgspec.json.encode(accuracy))
         temporary = self._best.with_name(".best")
@@ -91,18 +170,59 @@ class Checkpoints:
         temporary.symlink_to(self._path(version).name)
         temporary.replace(self._best)
 
-    def hugging_face(self, version: Version) -> Path:
-        """Where the version's Hugging Face form is."""
-        return self._path(version) / HUGGING_FACE
+    def _commit(self, point: SavePoint, saving: Saving) -> Saved:
+        """Makes the checkpoint whole, forgets others, and marks it where its evaluation is in already."""
+        self._under_way = None
+        self._ranks.share(lambda: self._make_whole(point), bool)
+        return Saved(self._path(point.version), point.version, saving.seconds)
+
+    def _make_whole(self, point: SavePoint) -> bool:
+        temporary, path = self._partial(point.version), self._path(point.version)
+        try:
+            point.write(temporary)
+            temporary.rename(path)
+        except OSError as error:
+            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
+        if (accuracy := self._awaited.pop(point.version, None)) is not None:
+            self.mark_best(point.version, accuracy)
+        self._forget()
+        return True
+
+    @contextmanager
+    def _leaving_nothing(self, point: SavePoint) -> Generator[None]:
+        try:
+            yield
+        except RunDirectoryError:
+            self._under_way = None
+            if self._ranks.is_first:
+                shutil.rmtree(self._partial(point.version), ignore_errors=True)
+            raise
+
+    def _has(self, version: Version) -> bool:
+        path = self._path(version)
+        return (path / VERSION).exists() and SavePoint.read(path).version == version
 
     def _path(self, version: Version) -> Path:
         return self._directory / f"step-{version.number:06d}"
 
+    def _partial(self, version: Version) -> Path:
+        return self._directory / f".step-{version.number:06d}.partial"
+
     def _whole(self) -> list[Path]:
-        return sorted(p.parent for p in self._directory.glob(f"step-*/{_VERSION}"))
+        return sorted(p.parent for p in self._directory.glob(f"step-*/{VERSION}"))
 
     def _forget(self) -> None:
         best = self._best.resolve() if self._best.is_symlink() else None
         for path in self._whole()[: -self._keep]:
-            if path != best:
+            is_kept = self._keep_every and int(path.name.removeprefix("step-")) % self._keep_every == 0
+            if path != best and not is_kept:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _make_anew(path: Path) -> bool:
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
+    return True

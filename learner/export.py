@@ -1,5 +1,6 @@
-"""A policy's weights as a Hugging Face directory."""
+"""Weights as a Hugging Face directory; `python -m learner.export CHECKPOINT DIR` makes one from a checkpoint."""
 
+import argparse
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -7,13 +8,52 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from common.errors import RunDirectoryError
+from common.config import Config
+from common.errors import ModelError, RunDirectoryError, exit_on_error
+from common.layout import RESOLVED, read_resolved
 from learner.ranks import Ranks
+from learner.saved import MEGATRON, WEIGHT, SavePoint
+from learner.sharded import read, sizes
 
 SHARD_BYTES = 4 << 30
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+def main() -> None:
+    """Does what the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m learner.export", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="such as RUN/checkpoints/best")
+    parser.add_argument("directory", type=Path, help="new or empty")
+    arguments = parser.parse_args()
+    with exit_on_error():
+        export_checkpoint(arguments.checkpoint, arguments.directory)
+
+
+def export_checkpoint(checkpoint: Path, target: Path) -> int:
+    """Writes the Hugging Face form of a checkpoint, whole or not at all; returns the size of its weights in bytes.
+
+    One process does it, without a GPU, whatever division over ranks wrote the checkpoint; 4 GiB of weights are in
+    memory at a time, twice.
+
+    Raises:
+        RunDirectoryError: The checkpoint is missing, half-written or broken; `target` is in use; the disk is full.
+        ModelError: The model that the run started from is not there: its config and tokenizer come along.
+    """
+    SavePoint.read(checkpoint)
+    run_dir = checkpoint.resolve().parents[1]
+    config = read_resolved(run_dir)
+    if not (Path(config.model) / "config.json").is_file():
+        raise ModelError(
+            f"{run_dir / RESOLVED}: model: found {config.model} without config.json, expected the directory that the "
+            "run started from"
+        )
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise RunDirectoryError(f"{target}: found something there, expected a new or empty directory")
+    weights = _saved_weights(checkpoint / MEGATRON, config)
+    return write_hugging_face(weights, Path(config.model), target, Ranks(), whole_model=True)
 
 
 def write_hugging_face(
@@ -46,10 +86,22 @@ def write_hugging_face(
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
         ranks.wait()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunDirectoryError(f"{target}: cannot be written: {error.strerror or error}") from error
+        raise RunDirectoryError(f"{target}: cannot be written: {getattr(error, 'strerror', error)}") from error
+    except RunDirectoryError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return sum(shard.size_bytes for shard in shards)
+
+
+def _saved_weights(path: Path, config: Config) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each weight in a checkpoint, in the run's dtype: the optimizer's float32, rounded."""
+    dtype = torch.bfloat16 if config.learner.dtype == "bfloat16" else torch.float32
+    found = ((name, torch.empty(size)) for name, size in sorted(sizes(path).items()) if name.startswith(WEIGHT))
+    for shard in _shards(found):
+        read(path, shard)
+        yield from ((name.removeprefix(WEIGHT), tensor.to(dtype)) for name, tensor in shard.items())
 
 
 class _Shard(msgspec.Struct, frozen=True):
@@ -102,3 +154,7 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
         size_bytes += tensor.nbytes
     if shard:
         yield shard
+
+
+if __name__ == "__main__":
+    main()

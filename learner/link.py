@@ -56,9 +56,14 @@ class LedgerLink:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
 
-    def begin(self, checkpoint: Version | None) -> tuple[Version, Lineages]:
-        """The version under which training goes on from a checkpoint (None: the starting weights), and all lineages."""
-        begun = self._ask(wire.Begin(checkpoint=checkpoint), wire.Begun)
+    def begin(self, checkpoint: Version | None, sequence: int) -> tuple[Version, Lineages]:
+        """The version under which training goes on from a checkpoint, and all lineages.
+
+        Args:
+            checkpoint: What the policy holds; None for the starting weights.
+            sequence: Number of the commit that made it, 0 for the starting weights.
+        """
+        begun = self._ask(wire.Begin(checkpoint=checkpoint, sequence=sequence), wire.Begun)
         return begun.version, Lineages(begun.branches)
 
     def reserve(self, version: Version, num_groups: int) -> tuple[wire.TrainingGroup, ...] | None:
@@ -78,10 +83,10 @@ class LedgerLink:
                 raise StallError(f"the learner waited {self._stall_timeout_s:g} s for {waiting_for}")
         return None
 
-    def commit(self, version: Version, groups: tuple[wire.TrainingGroup, ...]) -> Version:
-        """Tells the ledger that the step from `version` trained `groups`; returns the version that it made."""
-        self._ask(wire.Commit(version=version, visits=tuple(g.scored.group.key.visit for g in groups)), wire.Done)
-        return version.next()
+    def commit(self, version: Version, groups: tuple[wire.TrainingGroup, ...]) -> int:
+        """Tells the ledger that the step from `version` trained `groups`; returns the commit's number in its order."""
+        visits = tuple(training.scored.group.key.visit for training in groups)
+        return self._ask(wire.Commit(version=version, visits=visits), wire.Committed).sequence
 
     def publish(self, manifest: wire.Manifest) -> None:
         """Announces a version."""

@@ -6,8 +6,9 @@ from common import wire
 from common.config import Config
 from common.errors import StallError
 from common.log import bind, logger
+from common.metrics import COMPLETE, STOPPED
 from common.versions import Lineages, Version
-from learner.checkpoints import Checkpoints
+from learner.checkpoints import Checkpoints, Saved
 from learner.megatron.policy import Policy
 from learner.publish import Publisher
 from learner.ranks import Ranks
@@ -34,6 +35,7 @@ class Learner:
         self._recorder = Recorder(config, run_dir) if ranks.is_first else None
         self._skips = SkipLimit(config)
         self._lineages = Lineages()
+        self._saved = 0
         self.version = Version(0, 0)
 
     def train(self) -> None:
@@ -47,9 +49,11 @@ class Learner:
             self._steps()
         except StallError:
             self._save()
+            self._finish_save()
             raise
         self._save()
-        self._end("stopped on request" if self.version.number < self._config.steps else "all steps are done")
+        self._finish_save()
+        self._end(STOPPED if self.version.number < self._config.steps else COMPLETE)
 
     def _steps(self) -> None:
         watch = Stopwatch()
@@ -67,12 +71,17 @@ class Learner:
             with watch("publish"):
                 self._publish()
             with watch("checkpoint"):
+                self._tell(self._checkpoints.look())
                 self._evaluate_and_save()
             self._record(groups, metrics, watch)
 
     def _begin(self) -> None:
         checkpoint = self._checkpoints.load_newest(self._policy)
-        self.version, self._lineages = self._ledger.begin(checkpoint)
+        if checkpoint is None:
+            self.version, self._lineages = self._ledger.begin(None, 0)
+        else:
+            self.version, self._lineages = self._ledger.begin(checkpoint.version, checkpoint.sequence)
+        self._saved = self.version.number
         logger().info("training_begins", version=str(self.version), steps=self._config.steps)
         self._publish()
         if checkpoint is None:
@@ -91,10 +100,20 @@ class Learner:
             self._save()
 
     def _save(self) -> None:
-        if self.version.number > 0 and not self._checkpoints.has(self.version):
-            path = self._checkpoints.save(self._policy, self.version)
-            self._ledger.checkpointed(self.version)
-            logger().info("checkpoint_saved", path=str(path))
+        """Begins a checkpoint, once the one before is whole, where there is something new since."""
+        if self.version.number > self._saved:
+            self._finish_save()
+            self._checkpoints.save(self._policy, self.version, self._ledger.sequence)
+            self._saved = self.version.number
+
+    def _finish_save(self) -> None:
+        self._tell(self._checkpoints.finish())
+
+    def _tell(self, saved: Saved | None) -> None:
+        """Lets the ledger know of a checkpoint that is whole."""
+        if saved is not None:
+            self._ledger.checkpointed(saved.version)
+            logger().info("checkpoint_saved", path=str(saved.path), write_s=round(saved.write_s, 3))
 
     def _record(self, groups: tuple[wire.TrainingGroup, ...], metrics: dict[str, float], watch: Stopwatch) -> None:
         times = watch.lap()
@@ -117,10 +136,11 @@ class Learner:
         """The accounts, after the final evaluation where the run is complete; a stopped run can go on later."""
         if self.version.number == self._config.steps:
             self._ledger.finish(reason)
-        checkpoint = self._checkpoints.hugging_face(self.version)
+        weights = self._checkpoints.write_hugging_face(self._policy, self.version.number)
+        checkpoint = "" if weights is None else str(weights)
         if self._recorder is not None:
             status = self._ledger.status(self._recorder.num_evaluations)
             self._record_evaluations(self._recorder, status)
             self._recorder.end(self.version, reason, status.accounts, checkpoint, status)
             self._publisher.close()
-        logger().info("training_ends", reason=reason, checkpoint=str(checkpoint))
+        logger().info("training_ends", reason=reason, checkpoint=checkpoint)

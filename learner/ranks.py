@@ -11,6 +11,7 @@ from common import errors
 from common.errors import SluiceError
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | None
 
 
 class _Failure(msgspec.Struct, frozen=True, tag=True):
@@ -45,6 +46,14 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is the one that talks for all."""
         return self.rank == 0
+
+    def new_group(self) -> Group:
+        """A group of all ranks for what goes on beside these calls; None where there is one rank."""
+        if self.size == 1:
+            return None
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     def share(self, answer: Callable[[], T], kind: type[T]) -> T:
         """What the first rank's `answer` returns, on every rank; the others do not call theirs.

@@ -10,6 +10,7 @@ import numpy as np
 
 from common import wire
 from common.config import Config
+from common.files import append_lines
 from common.metrics import MetricsWriter, read_metrics
 from common.tokenizer import load_tokenizer
 from common.versions import Version
@@ -52,7 +53,7 @@ class Recorder:
         self._config = config
         self.num_evaluations = sum(row["kind"] == "evaluation" for row, _ in read_metrics(run_dir))
         self._metrics = MetricsWriter(run_dir)
-        self._samples = (run_dir / SAMPLES).open("a", buffering=1)
+        self._samples = append_lines(run_dir / SAMPLES)
         self._tokenizer = load_tokenizer(Path(config.model) / "tokenizer.json")
 
     def step(
@@ -93,7 +94,7 @@ class Recorder:
             )
 
     def end(
-        self, version: Version, reason: str, accounts: dict[str, int], checkpoint: Path, status: wire.StatusReport
+        self, version: Version, reason: str, accounts: dict[str, int], checkpoint: str, status: wire.StatusReport
     ) -> None:
         """Writes the last row and closes the files."""
         idle = {f"{role}_idle": 1 - share for role, share in status.busy_shares.items()}
@@ -102,7 +103,7 @@ class Recorder:
             version.number,
             reason=reason,
             accounts=accounts,
-            checkpoint=str(checkpoint),
+            checkpoint=checkpoint,
             overlap_share=status.overlap_share,
             learner_wait_share=idle.get("learner_idle", float("nan")),
             **idle,

@@ -14,6 +14,7 @@ class SharedLedger:
 
     Attributes:
         activity: What the learner's beats report.
+        sequence: On the first rank: number of the commit that made the weights, in the ledger's order.
     """
 
     def __init__(self, ranks: Ranks, link: LedgerLink | None) -> None:
@@ -21,12 +22,19 @@ class SharedLedger:
         assert (link is not None) == ranks.is_first
         self._ranks, self._link = ranks, link
         self.activity = Activity() if link is None else link.activity
+        self.sequence = 0
 
-    def begin(self, checkpoint: Version | None) -> tuple[Version, Lineages]:
-        """The version under which training goes on from a checkpoint (None: the starting weights), and all lineages."""
+    def begin(self, checkpoint: Version | None, sequence: int) -> tuple[Version, Lineages]:
+        """The version under which training goes on from a checkpoint, and all lineages.
+
+        Args:
+            checkpoint: What the policy holds; None for the starting weights.
+            sequence: Number of the commit that made it, 0 for the starting weights.
+        """
+        self.sequence = sequence
 
         def ask() -> wire.Begun:
-            version, lineages = self._first.begin(checkpoint)
+            version, lineages = self._first.begin(checkpoint, sequence)
             return wire.Begun(version=version, branches=lineages.branches)
 
         begun = self._ranks.share(ask, wire.Begun)
@@ -43,7 +51,7 @@ class SharedLedger:
     def commit(self, version: Version, groups: _Groups) -> Version:
         """Tells the ledger that the step from `version` trained `groups`; returns the version that it made."""
         if self._link is not None:
-            self._link.commit(version, groups)
+            self.sequence = self._link.commit(version, groups)
         return version.next()
 
     def publish(self, manifest: wire.Manifest) -> None:

@@ -16,7 +16,7 @@ A request and its answer:
     verifier     ledger     ScoredGroup    Verdict
     learner      ledger     Begin          Begun
     learner      ledger     Reserve        Batch          (held until it is whole)
-    learner      ledger     Commit         Done
+    learner      ledger     Commit         Committed
     learner      ledger     Publish        Done
     learner      ledger     Checkpoint     Done
     learner      ledger     Evaluate       Done
@@ -76,6 +76,7 @@ from common.wire.training import (
     Begun as Begun,
     Checkpoint as Checkpoint,
     Commit as Commit,
+    Committed as Committed,
     Done as Done,
     Evaluate as Evaluate,
     Finish as Finish,

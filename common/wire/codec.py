@@ -15,6 +15,7 @@ from common.wire.training import (
     Begun,
     Checkpoint,
     Commit,
+    Committed,
     Done,
     Evaluate,
     Finish,
@@ -39,7 +40,7 @@ Request: TypeAlias = _FromAnyone | _FromGenerator | ScoredGroup | _FromLearner
 
 _ToAnyone: TypeAlias = Welcome | BeatAnswer | Directory | StatusReport
 _ToGenerator: TypeAlias = Leases | Room | Verdict
-_ToLearner: TypeAlias = Begun | Batch | Done | Finished
+_ToLearner: TypeAlias = Begun | Batch | Committed | Done | Finished
 Answer: TypeAlias = _ToAnyone | _ToGenerator | _ToLearner | Refused
 
 _encoder = msgspec.msgpack.Encoder()

@@ -8,7 +8,7 @@ from common.versions import Version
 from common.wire.base import LeaseKey, Message, Role
 from common.wire.training import Manifest
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Hello(Message):

@@ -23,9 +23,13 @@ class VisitState(StrEnum):
 
 
 class Begin(Message):
-    """The learner holds the weights of a checkpoint (or the starting ones: None) and is about to train."""
+    """The learner holds the weights of a checkpoint (or the starting ones: None) and is about to train.
+
+    `sequence` is the number of the commit that made them, as `Committed` told it; 0 for the starting ones.
+    """
 
     checkpoint: Version | None
+    sequence: int = 0
 
 
 class Begun(Message):
@@ -62,6 +66,12 @@ class Commit(Message):
 
     version: Version
     visits: tuple[int, ...]
+
+
+class Committed(Message):
+    """The step is stored. `sequence` counts the commits of all lineages, from 1: what a checkpoint names."""
+
+    sequence: int
 
 
 class Manifest(Message):

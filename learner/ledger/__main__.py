@@ -68,6 +68,7 @@ def _prepare(run_dir: Path) -> None:
 
     store = Store(run_dir)
     prepared = prepare(store, read_resolved(run_dir))
+    store.begin_session()
     store.close()
     num_train, num_test, num_rejected = prepared
     sys.stdout.write(f"{num_train} prompts to train on, {num_test} held out, {num_rejected} outside the limits\n")

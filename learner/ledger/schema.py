@@ -1,6 +1,6 @@
 """The tables of the ledger's SQLite file."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x51_1C_E0_01
 FILE = "ledger.sqlite"
 LOCK = "ledger.lock"

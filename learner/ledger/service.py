@@ -189,7 +189,7 @@ class LedgerService:
 
     async def _begin(self, begin: wire.Begin) -> wire.Begun:
         with self.keeper.stored():
-            version = self.keeper.ledger.begin(begin.checkpoint)
+            version = self.keeper.ledger.begin(begin.checkpoint, begin.sequence)
             self.keeper.evaluations.abandon(
                 v for v in self.keeper.evaluations.versions() if self.keeper.ledger.track.includes(v)
             )
@@ -214,12 +214,13 @@ class LedgerService:
             for v in visits
         )
 
-    async def _commit(self, commit: wire.Commit) -> wire.Done:
+    async def _commit(self, commit: wire.Commit) -> wire.Committed:
         with self.keeper.stored():
-            version = self.keeper.ledger.commit(commit.version, commit.visits)
+            sequence = self.keeper.ledger.commit(commit.version, commit.visits)
         self.keeper.overlap.end_step(time.time())
-        logger().info("step_committed", version=str(version), num_groups=len(commit.visits))
-        return wire.Done()
+        version = str(commit.version.next())
+        logger().info("step_committed", version=version, sequence=sequence, num_groups=len(commit.visits))
+        return wire.Committed(sequence=sequence)
 
     async def _publish(self, publish: wire.Publish) -> wire.Done:
         manifest = publish.manifest

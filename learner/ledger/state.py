@@ -72,6 +72,7 @@ class Ledger:
         return Head(
             current=self.track.current,
             branches=self.track.lineages.branches,
+            commits_before=self.track.commits_before,
             checkpoints=self.track.checkpoints,
             horizon=self.track.horizon,
             num_commits=self.track.num_commits,
@@ -167,8 +168,10 @@ class Ledger:
 
     # The learner
 
-    def begin(self, checkpoint: Version | None) -> Version:
+    def begin(self, checkpoint: Version | None, sequence: int = 0) -> Version:
         """The version under which the learner goes on from `checkpoint`; what it trained after that is scored again.
+
+        `sequence` is the number of the commit that made the checkpoint.
 
         Raises:
             RefusedError: The checkpoint is not of this run's path, or what followed it is no longer kept.
@@ -176,7 +179,7 @@ class Ledger:
         if checkpoint is None and not self.track.num_commits:
             self.track.current = version = START
         else:
-            version = self._resume(checkpoint or START)
+            version = self._resume(checkpoint or START, sequence)
         for visit in self.visits(VisitState.RESERVED):
             self._book.move(visit, VisitState.SCORED, f"the step from {visit.step} did not end")
             visit.step = None
@@ -214,8 +217,8 @@ class Ledger:
             if visit.pinned and self._returns.lease_staleness(visit) >= self._config.max_staleness
         ]
 
-    def commit(self, version: Version, visits: tuple[int, ...]) -> Version:
-        """Marks the batch as trained; the learner's version from now on. Idempotent by version.
+    def commit(self, version: Version, visits: tuple[int, ...]) -> int:
+        """Marks the batch as trained; returns the number of the commit in the ledger's order. Idempotent by version.
 
         Raises:
             RefusedError: The learner is not at that version, or these are not the visits reserved for it.
@@ -223,7 +226,7 @@ class Ledger:
         expected = [visit.number for visit in self.visits(VisitState.RESERVED)]
         if version != self.track.current:
             if self.track.includes(version.next()) and self._trained_from(version) in ([], sorted(visits)):
-                return version.next()
+                return self.track.sequence(version.next())
             raise RefusedError(f"found a commit of the step from {version}, expected one from {self.track.current}")
         if not expected or sorted(visits) != expected:
             raise RefusedError(f"found a commit of visits {sorted(visits)}, expected {expected}")
@@ -231,7 +234,7 @@ class Ledger:
             self._book.move(visit, VisitState.TRAINED, f"in the step from {version}")
         self.track.advance()
         self._returns.expire_outdated()
-        return version.next()
+        return self.track.num_commits
 
     def checkpoint(self, version: Version) -> None:
         """The checkpoint of `version` is durable: frees what no resume can need any more.
@@ -275,8 +278,8 @@ class Ledger:
             status="refused", reason=f"attempt {key.attempt} is over: visit {key.visit} is {state.value}"
         )
 
-    def _resume(self, checkpoint: Version) -> Version:
-        self.track.check_resume(checkpoint)
+    def _resume(self, checkpoint: Version, sequence: int) -> Version:
+        self.track.check_resume(checkpoint, sequence)
         for visit in self.visits(VisitState.TRAINED):
             if not self._is_contained(visit, checkpoint):
                 self._book.move(visit, VisitState.SCORED, f"the learner resumed from {checkpoint}")

@@ -114,6 +114,12 @@ class Store:
         with self.transaction() as sql:
             put_meta(sql, "manifest", msgspec.msgpack.encode(manifest))
 
+    def begin_session(self) -> None:
+        """Nobody is in the run yet, and nothing is published."""
+        with self.transaction() as sql:
+            sql.execute("DELETE FROM members")
+            sql.execute("DELETE FROM meta WHERE key = 'manifest'")
+
     def manifest(self) -> wire.Manifest | None:
         """The newest published version; None before the first."""
         data = self.meta("manifest")

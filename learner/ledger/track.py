@@ -16,12 +16,14 @@ class Track:
         checkpoints: Durable ones on the path of the current version, oldest first.
         horizon: The oldest that a resume may use; None while all of the run is kept.
         num_commits: Steps in all lineages.
+        commits_before: How many there were when each lineage began.
     """
 
     def __init__(self, head: Head) -> None:
         """The track as it was stored."""
         self.current, self.lineages = head.current, Lineages(head.branches)
         self.checkpoints, self.horizon, self.num_commits = head.checkpoints, head.horizon, head.num_commits
+        self.commits_before = head.commits_before
 
     def staleness(self, version: Version) -> int:
         """Updates between a version and the current one."""
@@ -45,14 +47,29 @@ class Track:
         """Whether the learner's weights were once those of `version`."""
         return self.current is not None and self.leads_to(version, self.current)
 
-    def check_resume(self, checkpoint: Version) -> None:
-        """Checks that the learner can go on from a checkpoint.
+    def sequence(self, version: Version) -> int:
+        """Number of the commit that made a version, in the order of all lineages; 0 for the starting weights."""
+        branch = self.lineages.branches[version.lineage]
+        if branch is not None and version.number == branch.number:
+            return self.sequence(branch)
+        return self.commits_before[version.lineage] + version.number - (branch.number if branch else 0)
+
+    def check_resume(self, checkpoint: Version, sequence: int) -> None:
+        """Checks that the learner can go on from a checkpoint that commit `sequence` made.
 
         Raises:
             RefusedError: It is not on the track, or what followed it is no longer kept.
         """
         if not self.includes(checkpoint):
-            raise RefusedError(f"found a resume from {checkpoint}, expected a version on the path of {self.current}")
+            raise RefusedError(
+                f"found a resume from {checkpoint}, commit {sequence}, expected a version on the path of "
+                f"{self.current}, commit {self.num_commits}, the ledger's newest"
+            )
+        if sequence != (expected := self.sequence(checkpoint)):
+            raise RefusedError(
+                f"found a resume from {checkpoint}, commit {sequence}, expected commit {expected} of the ledger: the "
+                "checkpoint is of another run, or the ledger of another time"
+            )
         if self.horizon is not None and not self.leads_to(self.horizon, checkpoint):
             raise RefusedError(
                 f"found a resume from {checkpoint}, expected {self.horizon} or later: older are not kept"
@@ -60,6 +77,7 @@ class Track:
 
     def resume(self, checkpoint: Version) -> Version:
         """Opens a lineage at the checkpoint; returns its first version."""
+        self.commits_before = (*self.commits_before, self.num_commits)
         self.lineages = self.lineages.opened_at(checkpoint)
         self.current = Version(self.lineages.newest, checkpoint.number)
         self.checkpoints = tuple(c for c in self.checkpoints if self.includes(c))

@@ -86,6 +86,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         current: The learner's version; None before it began.
         branches: Of the lineages.
+        commits_before: Commits of all lineages before each lineage began.
         checkpoints: Versions of the durable checkpoints on the path of the current version, oldest first.
         horizon: The oldest checkpoint that a resume may use; payloads of what it contains are freed.
         num_commits: Steps committed in all lineages.
@@ -95,6 +96,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
 
     current: Version | None = None
     branches: tuple[Version | None, ...] = (None,)
+    commits_before: tuple[int, ...] = (0,)
     checkpoints: tuple[Version, ...] = ()
     horizon: Version | None = None
     num_commits: int = 0

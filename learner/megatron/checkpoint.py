@@ -1,111 +1,67 @@
-"""The whole of a training state as one of Megatron's distributed checkpoints: it can be read by another layout."""
+"""The whole of a training state: what a checkpoint holds, whatever the division over ranks."""
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,  # pyright: ignore[reportPrivateUsage]
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint import FileSystemWriter, save as save_sharded
-from torch.distributed.checkpoint.api import CheckpointException
 
-from common.errors import RunDirectoryError
+from common.shape import ModelShape
+from learner.megatron.model import HiddenStateModel
 from learner.megatron.optimizer import Optimizer
+from learner.megatron.parallel import Place
+from learner.megatron.shards import optimizer_shards
+from learner.sharded import State, read, sizes
 
-_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_PROGRESS = "progress"
 
 
-def save(path: Path, pieces: Sequence[MegatronModule], optimizer: Optimizer) -> None:
-    """Writes a directory, which is made.
+def snapshot(pieces: Sequence[HiddenStateModel], optimizer: Optimizer, shape: ModelShape, place: Place) -> State:
+    """This rank's part of the state, in host memory: what is trained afterwards does not change it.
 
-    Raises:
-        RunDirectoryError: It cannot be written.
+    The weights are the optimizer's, in float32; the model's are those, rounded.
     """
-    with _one_line(path, "written"):
-        path.mkdir(parents=True, exist_ok=True)
-        state = _state(pieces, optimizer, loading=False)
-        dist_checkpointing.save(state, str(path), _InProcess("torch_dist", 1), content_metadata=dict(_FORMAT))
+    progress = {_PROGRESS: torch.tensor(optimizer.num_updates)} if dist.get_rank() == 0 else {}
+    random = {name: state.clone() for name, state in _random_states().items()}
+    return {**optimizer_shards(pieces, optimizer, shape, place, copy=True), **random, **progress}
 
 
-def load(path: Path, pieces: Sequence[MegatronModule], optimizer: Optimizer) -> None:
+def load(path: Path, pieces: Sequence[HiddenStateModel], optimizer: Optimizer, shape: ModelShape, place: Place) -> None:
     """Sets model, optimizer, schedule and random states to what a directory holds.
+
+    A rank that the checkpoint does not know keeps its random states.
 
     Raises:
         RunDirectoryError: It is missing, broken, or of another model.
     """
-    with _one_line(path, "read"):
-        state: Any = dist_checkpointing.load(_state(pieces, optimizer, loading=True), str(path))
-    for i, piece in enumerate(pieces):
-        piece.load_state_dict(state["model"][f"piece-{i}"])
-    optimizer.megatron.load_state_dict(state["optimizer"])
-    optimizer.schedule.num_steps = 0  # it adds what it loads
-    optimizer.schedule.load_state_dict(state["schedule"])
-    _set_random_states(state["random"])
+    progress = torch.zeros(2, dtype=torch.int64)
+    found, random = sizes(path), _random_states()
+    known = {name: state for name, state in random.items() if found.get(name) == state.size()}
+    state = {**optimizer_shards(pieces, optimizer, shape, place, copy=False), **known, _PROGRESS: progress}
+    read(path, state, dist.group.WORLD if dist.get_world_size() > 1 else None)
+    num_counted, num_made = progress.tolist()
+    optimizer.go_on_after(num_counted, num_made)
+    _set_random_states(random)
 
 
-class _InProcess(SaveShardedStrategy):
-    """Megatron's format, written by this process: Megatron's own writer forks, which is no good beside ZeroMQ."""
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return True
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        writer = FileSystemWriter(checkpoint_dir)
-        save_sharded(mcore_to_pyt_state_dict(renamed, False), storage_writer=writer, planner=planner)
+def _random_states() -> dict[str, torch.Tensor]:
+    """Of this rank, by their names in a checkpoint."""
+    states: dict[str, torch.Tensor] = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    states |= {f"megatron.{name}": state for name, state in _tracker().get_states().items()}
+    return {f"random.{dist.get_rank()}.{name}": state.cpu() for name, state in states.items()}
 
 
-def _state(pieces: Sequence[MegatronModule], optimizer: Optimizer, *, loading: bool) -> dict[str, Any]:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    metadata = {**_FORMAT, "dp_cp_group": group}
-    weights = {f"piece-{i}": piece.sharded_state_dict(metadata=metadata) for i, piece in enumerate(pieces)}
-    rank, size = dist.get_rank(), dist.get_world_size()
-    return {
-        "model": weights,
-        "optimizer": optimizer.megatron.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
-        "schedule": optimizer.schedule.state_dict(),
-        "random": ShardedObject("random", _random_states(), (size,), (rank,)),
-    }
-
-
-def _random_states() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": _tracker().get_states(),
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])
-    _tracker().set_states(states["megatron"])
+def _set_random_states(states: dict[str, torch.Tensor]) -> None:
+    own = {name.split(".", 2)[2]: state for name, state in states.items()}
+    torch.set_rng_state(own.pop("torch"))
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(own.pop("cuda"))
+    _tracker().set_states({name.removeprefix("megatron."): state for name, state in own.items()})
 
 
 def _tracker() -> Any:
     return get_cuda_rng_tracker()
-
-
-@contextmanager
-def _one_line(path: Path, verb: str) -> Generator[None]:
-    try:
-        yield
-    except (OSError, CheckpointingException, CheckpointException) as error:
-        failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
-        cause = failures[0][0] if failures else error
-        raise RunDirectoryError(f"{path}: cannot be {verb}: {cause}") from error

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -13,12 +13,25 @@ from megatron.core.transformer.module import MegatronModule
 
 from common.config import Config
 from learner.megatron.offload import HostAdam, choose_adam
+from learner.saved import WEIGHT
 
 
 def wrap_model(pieces: Sequence[GPTModel]) -> list[DistributedDataParallel]:
     """The pieces of a model with their gradients in float32 buffers, to be reduced once an update."""
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     return [DistributedDataParallel(piece.config, options, piece) for piece in pieces]
+
+
+class Owned(NamedTuple):
+    """What a rank's optimizer has of a parameter: a range of it, laid out flat.
+
+    Attributes:
+        start: Of the range.
+        tensors: By kind: `weight.`, `exp_avg.`, `exp_avg_sq.`, each Float[range] in float32.
+    """
+
+    start: int
+    tensors: dict[str, torch.Tensor]
 
 
 class Optimizer:
@@ -32,6 +45,7 @@ class Optimizer:
     def __init__(self, config: Config, pieces: list[DistributedDataParallel], dtype: torch.dtype) -> None:
         """The model's weights must be set: the masters are taken from them."""
         options = config.optimizer
+        self._chunks = pieces
         choose_adam(on_host=config.learner.offload_optimizer)
         self.megatron: Any = get_megatron_optimizer(
             OptimizerConfig(
@@ -61,6 +75,39 @@ class Optimizer:
         """Learning rate of the last update."""
         groups: list[dict[str, Any]] = self.megatron.param_groups
         return float(groups[0]["lr"])
+
+    @property
+    def num_updates(self) -> tuple[int, int]:
+        """Updates that the schedule has counted, and those that changed the parameters."""
+        groups: list[dict[str, Any]] = self.megatron.param_groups
+        return self.schedule.num_steps, max(int(group.get("step") or 0) for group in groups)
+
+    def go_on_after(self, num_counted: int, num_made: int) -> None:
+        """As if so many updates had been counted and made, with parameters and moments as they are now."""
+        for part in self._parts:
+            part._copy_main_params_to_model_params()
+            for group in part.param_groups:
+                group["step"] = num_made
+        for chunk in self._chunks:
+            chunk.start_param_sync()
+        self.schedule.num_steps = 0
+        self.schedule.step(num_counted)
+
+    def owned(self, parameter: torch.nn.Parameter, *, copy: bool) -> Owned | None:
+        """This rank's range of a parameter, live or copied to host memory; None where others have all of it."""
+        for part in self._parts:
+            if parameter in part.model_param_group_index_map:
+                tensors = part._get_main_param_and_optimizer_states(parameter)
+                start = part._get_model_param_range_map(parameter)["param"].start
+                tensors = {WEIGHT: tensors.pop("param")} | {f"{kind}.": tensor for kind, tensor in tensors.items()}
+                flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}
+                return Owned(start, {kind: t.to("cpu", copy=True) for kind, t in flat.items()} if copy else flat)
+        return None
+
+    @property
+    def _parts(self) -> list[Any]:
+        """Megatron's optimizers: of experts, and of the rest."""
+        return [part for part in self.megatron.chained_optimizers if not part.is_stub_optimizer]
 
     def step(self) -> tuple[float, bool]:
         """Clips the gradients and updates the parameters; returns the gradients' norm, and whether it was a number.

@@ -27,6 +27,7 @@ from learner.megatron.routing import RoutingReplay
 from learner.megatron.substitutes import substitute_transformer_engine
 from learner.megatron.tokens import PackedTokens, Tokens, shard_tokens
 from learner.megatron.weights import WeightFiles
+from learner.sharded import State
 from learner.trainable import BatchShare, Loss, UpdateResult
 
 
@@ -125,21 +126,19 @@ class Policy:
         """
         return export_weights(self._pieces, self._shape, self._place)
 
-    def save(self, path: Path) -> None:
-        """Writes model, optimizer, schedule and random states into a directory, which is made.
-
-        Raises:
-            RunDirectoryError: It cannot be written.
-        """
-        checkpoint.save(path, self._pieces, self._optimizer)
+    def snapshot(self) -> State:
+        """This rank's part of model, optimizer, schedule and random states, in host memory."""
+        return checkpoint.snapshot(self._pieces, self._optimizer, self._shape, self._place)
 
     def load(self, path: Path) -> None:
-        """Goes back to what `save` wrote: updates go on bit for bit as they would have.
+        """Goes back to a snapshot that was written to a directory: updates go on bit for bit as they would have.
+
+        Also from another division over ranks; then they go on as closely as divisions agree.
 
         Raises:
             RunDirectoryError: It is missing, broken, or of another model.
         """
-        checkpoint.load(path, self._pieces, self._optimizer)
+        checkpoint.load(path, self._pieces, self._optimizer, self._shape, self._place)
 
     @torch.no_grad()
     def _forward(self, batches: Sequence[PackedTokens], temperature: float) -> list[Float[Tensor, " tokens"]]:

@@ -20,6 +20,11 @@ def _ranks(**sizes: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"learner": {"keep_every": 75}},
+            "learner.keep_every: found 75, expected 0 or a multiple of learner.checkpoint",
+        ),
+        ({"run": {"resume": "auto"}}, "run.resume: found 'auto' with run.name = 'run-%Y%m%d-%H%M%S', where it has no"),
         ({"updates_per_step": 5}, "updates_per_step: found 5, expected a divisor of groups_per_step = 16"),
         ({"model": "x"}, "expected both or neither"),
         ({"data": {"test": "x.jsonl"}}, "without data.train, expected both"),

@@ -27,6 +27,14 @@ def test_rows_are_read_as_they_are_written_and_half_a_row_waits(tmp_path: Path) 
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+def test_what_a_killed_process_left_of_a_row_is_cut_off_before_the_next(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"kind": "step", "step": 1}\n{"kind": "st')
+    writer = MetricsWriter(tmp_path)
+    writer.write("step", 2)
+    assert [row["step"] for row, _ in read_metrics(tmp_path)] == [1, 2]
+    writer.close()
+
+
 def test_each_line_is_strict_json(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
     writer.write("step", 1, a=float("inf"), b=float("nan"), c=1.5)

@@ -179,7 +179,7 @@ def test_a_run_directory_with_something_in_it_is_refused(cluster: Cluster, tmp_p
     assert_refused(cluster, tmp_path, valid, f"run.dir: {run}: found a run that has ended, expected a new or empty")
     with (run / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert_refused(cluster, tmp_path, valid, f"run.dir: {run}: found a run at work there, expected a new or empty")
+        assert_refused(cluster, tmp_path, valid, f"run.dir: {run}: found a run at work there, expected none")
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused(cluster: Cluster, tmp_path: Path, valid: Arguments) -> None:

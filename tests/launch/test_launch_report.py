@@ -95,6 +95,13 @@ def test_a_run_that_was_killed_is_summarized_from_its_steps(tmp_path: Path) -> N
     assert summary["groups"] == {}
 
 
+def test_a_run_that_went_on_after_an_end_is_not_told_to_have_ended_there(tmp_path: Path) -> None:
+    stopped = {"kind": "end", "step": 1, "time": 1.0, "reason": "stopped on request", "accounts": ACCOUNTS}
+    write_rows(tmp_path, [step_row(1), stopped, step_row(2)])
+    write_report(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["ended"] == "stopped before its end"
+
+
 def test_a_run_without_a_step_has_no_report(tmp_path: Path) -> None:
     assert write_report(tmp_path) == ""
     assert list(tmp_path.iterdir()) == []

@@ -1,47 +1,73 @@
-"""The checkpoints' directory: whole or absent, the newest few, and the best."""
+"""The checkpoints' directory: whole or absent, the newest few, every so many, and the best; saves beside training."""
 
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
-from common.config import Config, DataConfig, LearnerConfig
-from common.errors import RunDirectoryError
+from common.config import Config, DataConfig, LearnerConfig, RunConfig
+from common.errors import RunDirectoryError, StallError
+from common.rendezvous import RunKeys
 from common.versions import Version
 from learner.checkpoints import Checkpoints
 from learner.ranks import Ranks
+from learner.sharded import State, read
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Weights:
-    """A policy of one number: enough for a directory."""
+    """A policy of one number, many times: enough for a directory."""
 
-    def __init__(self) -> None:
-        self.value = torch.zeros(1)
+    def __init__(self, value: float = 0, num_tensors: int = 1) -> None:
+        self.values = {f"value.{i}": torch.full((1 << 18,), value) for i in range(num_tensors)}
 
-    def save(self, path: Path) -> None:
-        path.mkdir()
-        torch.save(self.value, path / "value")
+    def snapshot(self) -> State:
+        return {name: tensor.clone() for name, tensor in self.values.items()}
 
     def load(self, path: Path) -> None:
-        self.value = torch.load(path / "value")
+        read(path, self.values)
 
-    def export(self):  # noqa: ANN201
-        yield "value", self.value
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.values.items()
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    model = str(tmp_path / "model")
-    return Config(model=model, data=DataConfig(train="x"), learner=LearnerConfig(keep_checkpoints=2))
+    RunKeys.create(tmp_path)
+    return make_config(tmp_path)
+
+
+def make_config(run_dir: Path, stall_timeout_s: float = 60, **learner: int) -> Config:
+    return Config(
+        model=str(run_dir / "model"),
+        data=DataConfig(train="x"),
+        run=RunConfig(stall_timeout_s=stall_timeout_s),
+        learner=LearnerConfig(**{"keep_checkpoints": 2} | learner),
+    )
 
 
 def saved(checkpoints: Checkpoints, *numbers: int) -> None:
     for number in numbers:
-        policy = Weights()
-        policy.value += number
-        checkpoints.save(policy, Version(0, number))  # type: ignore[arg-type]
+        checkpoints.save(Weights(number), Version(0, number), number)
+        found = checkpoints.finish()
+        assert found is not None
+        assert found.version == Version(0, number)
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 def test_the_newest_few_and_the_best_are_kept_and_the_newest_is_loaded(config: Config, tmp_path: Path) -> None:
@@ -49,11 +75,18 @@ def test_the_newest_few_and_the_best_are_kept_and_the_newest_is_loaded(config: C
     saved(checkpoints, 10)
     checkpoints.mark_best(Version(0, 10), 0.7)
     saved(checkpoints, 20, 30, 40)
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["best", "step-000010", "step-000030", "step-000040"]
+    assert names(tmp_path) == ["best", "step-000010", "step-000030", "step-000040"]
     policy = Weights()
-    assert Checkpoints(config, tmp_path, Ranks()).load_newest(policy) == Version(0, 40)  # type: ignore[arg-type]
-    assert float(policy.value) == 40
+    point = Checkpoints(config, tmp_path, Ranks()).load_newest(policy)
+    assert point is not None
+    assert (point.version, point.sequence) == (Version(0, 40), 40)
+    assert float(policy.values["value.0"][0]) == 40
+
+
+@pytest.mark.usefixtures("config")
+def test_those_of_every_so_many_steps_are_kept_too(tmp_path: Path) -> None:
+    saved(Checkpoints(make_config(tmp_path, keep_checkpoints=1, keep_every=20), tmp_path, Ranks()), 10, 20, 30, 40, 50)
+    assert names(tmp_path) == ["step-000020", "step-000040", "step-000050"]
 
 
 def test_a_worse_checkpoint_is_never_the_best_also_after_a_restart(config: Config, tmp_path: Path) -> None:
@@ -69,13 +102,107 @@ def test_a_worse_checkpoint_is_never_the_best_also_after_a_restart(config: Confi
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step-000002"
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_nothing(config: Config, tmp_path: Path) -> None:
-    class Full(Weights):
-        def save(self, path: Path) -> None:
-            super().save(path)
-            raise OSError(28, "No space left on device")
-
+def test_an_evaluation_that_is_in_before_its_checkpoint_is_whole_counts(config: Config, tmp_path: Path) -> None:
     checkpoints = Checkpoints(config, tmp_path, Ranks())
-    with pytest.raises(RunDirectoryError, match=r"step-000001: cannot be written: No space left on device"):
-        checkpoints.save(Full(), Version(0, 1))  # type: ignore[arg-type]
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    checkpoints.save(Weights(), Version(0, 1), 1)
+    checkpoints.mark_best(Version(0, 1), 0.7)
+    assert not (tmp_path / "checkpoints" / "best").exists()
+    checkpoints.finish()
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step-000001"
+
+
+def test_what_is_trained_during_a_save_is_not_in_it(config: Config, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(config, tmp_path, Ranks())
+    policy = Weights(1, num_tensors=20)
+    checkpoints.save(policy, Version(0, 1), 1)
+    for tensor in policy.values.values():
+        tensor.add_(1)
+    while (found := checkpoints.look()) is None:
+        assert names(tmp_path) == [".step-000001.partial"], "nothing has the name of a checkpoint before it is whole"
+        time.sleep(0.001)
+    assert found.write_s > 0
+    assert checkpoints.look() is None
+    assert checkpoints.finish() is None
+    Checkpoints(config, tmp_path, Ranks()).load_newest(policy)
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in policy.values.values())
+
+
+def test_a_full_disk_leaves_what_was_there_before(config: Config, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(config, tmp_path, Ranks())
+    saved(checkpoints, 1)
+    with limited_files(100_000):
+        checkpoints.save(Weights(2), Version(0, 2), 2)
+        with pytest.raises(RunDirectoryError, match=r"step-000002.partial/megatron: cannot be written: ") as caught:
+            checkpoints.finish()
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["step-000001"]
+    saved(checkpoints, 3)
+    assert names(tmp_path) == ["step-000001", "step-000003"]
+
+
+@pytest.mark.usefixtures("config")
+def test_a_wait_for_a_save_has_a_deadline_and_says_what_for(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(make_config(tmp_path, stall_timeout_s=1e-6), tmp_path, Ranks())
+    checkpoints.save(Weights(num_tensors=300), Version(0, 1), 1)
+    with pytest.raises(StallError, match=r"waited run.stall_timeout_s for rank 0 to write .*step-000001"):
+        checkpoints.finish()
+
+
+def test_a_process_that_is_killed_during_a_save_leaves_the_last_whole_checkpoint(
+    config: Config, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "tests.learner.test_checkpoints", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    partial = tmp_path / "checkpoints" / ".step-000002.partial"
+    while not any(path.stat().st_size > 1 << 20 for path in partial.glob("megatron/*.distcp")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait(20)
+    assert names(tmp_path) == [".step-000002.partial", "step-000001"], "it was killed too late"
+    policy = Weights()
+    point = Checkpoints(config, tmp_path, Ranks()).load_newest(policy)
+    assert point is not None
+    assert point.version == Version(0, 1)
+    assert float(policy.values["value.0"][0]) == 1
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_a_checkpoint_of_another_run_or_a_broken_one_is_refused(config: Config, tmp_path: Path) -> None:
+    saved(Checkpoints(config, tmp_path, Ranks()), 1)
+    point = tmp_path / "checkpoints" / "step-000001" / "version.json"
+    content = msgspec.json.decode(point.read_bytes())
+    point.write_bytes(msgspec.json.encode(content | {"run": "another-run"}))
+    with pytest.raises(RunDirectoryError, match=r"version.json: found a checkpoint of run another-, expected one of"):
+        Checkpoints(config, tmp_path, Ranks()).load_newest(Weights())
+    point.write_bytes(b"[0, 1]")
+    with pytest.raises(RunDirectoryError, match=r"version.json: found no version, sequence and run in it"):
+        Checkpoints(config, tmp_path, Ranks()).load_newest(Weights())
+
+
+def test_the_hugging_face_form_is_added_to_a_checkpoint_that_is_there(config: Config, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(config, tmp_path, Ranks())
+    assert checkpoints.write_hugging_face(Weights(), 1) is None
+    saved(checkpoints, 1)
+    path = checkpoints.write_hugging_face(Weights(), 1)
+    assert path == tmp_path / "checkpoints" / "step-000001" / "huggingface"
+    assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@contextmanager
+def limited_files(size_bytes: int) -> Iterator[None]:
+    """No file may become larger: as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    saves = Checkpoints(make_config(directory), directory, Ranks())
+    saved(saves, 1)
+    saves.save(Weights(2, num_tensors=600), Version(0, 2), 2)
+    saves.finish()

@@ -109,10 +109,11 @@ class Learner:
     def __init__(self, client: Client, config: Config) -> None:
         self._client, self._config = client, config
         self.trained: list[int] = []
-        self.version = Version(0, 0)
+        self.version, self.sequence = Version(0, 0), 0
 
     async def begin(self, checkpoint: Version | None = None) -> None:
-        begun = await self._client.ask(wire.Begin(checkpoint=checkpoint), wire.Begun, deadline_s=30)
+        request = wire.Begin(checkpoint=checkpoint, sequence=self.sequence if checkpoint else 0)
+        begun = await self._client.ask(request, wire.Begun, deadline_s=30)
         self.version = begun.version
         await self.publish()
 
@@ -129,7 +130,8 @@ class Learner:
     async def commit(self, batch: wire.Batch) -> None:
         visits = tuple(g.scored.group.key.visit for g in batch.groups)
         for _ in range(2):
-            await self._client.ask(wire.Commit(version=self.version, visits=visits), wire.Done, deadline_s=30)
+            request = wire.Commit(version=self.version, visits=visits)
+            self.sequence = (await self._client.ask(request, wire.Committed, deadline_s=30)).sequence
         self.trained += visits
         self.version = self.version.next()
         await self.publish()

@@ -22,12 +22,12 @@ def test_a_resume_opens_a_lineage_and_serves_again_what_was_trained_after_the_ch
     kept = train(ledger, make_group)
     ledger.checkpoint(V[1])
     undone = train(ledger, make_group)
-    assert ledger.begin(V[1]) == Version(1, 1)
+    assert ledger.begin(V[1], 1) == Version(1, 1)
     assert ledger.accounts()["trained"] == 2
     batch = [visit.number for visit in ledger.reserve(Version(1, 1), 2)]
     assert batch == undone
     assert not set(batch) & set(kept)
-    assert ledger.commit(Version(1, 1), tuple(batch)) == Version(1, 2)
+    assert ledger.commit(Version(1, 1), tuple(batch)) == 3
 
 
 def test_a_resume_without_a_checkpoint_opens_a_lineage_at_the_start(make_group: MakeGroup) -> None:
@@ -42,11 +42,11 @@ def test_commits_before_the_checkpoint_survive_repeated_resumes(make_group: Make
     train(ledger, make_group)
     train(ledger, make_group)
     ledger.checkpoint(V[2])
-    assert ledger.begin(V[2]) == Version(1, 2)
-    assert ledger.begin(V[2]) == Version(2, 2)
+    assert ledger.begin(V[2], 2) == Version(1, 2)
+    assert ledger.begin(V[2], 2) == Version(2, 2)
     train(ledger, make_group)
     ledger.checkpoint(Version(2, 3))
-    assert ledger.begin(Version(2, 3)) == Version(3, 3)
+    assert ledger.begin(Version(2, 3), 3) == Version(3, 3)
     assert ledger.accounts()["trained"] == 6
 
 
@@ -60,15 +60,33 @@ def test_a_resume_from_an_abandoned_or_forgotten_version_is_refused(make_group: 
     assert ledger.reserve(V[3], 2)
     before = ledger.accounts()
     with pytest.raises(RefusedError, match="on the path"):
-        ledger.begin(Version(0, 4))
+        ledger.begin(Version(0, 4), 4)
     assert (ledger.accounts(), ledger.track.current) == (before, V[3])
-    ledger.begin(V[1])
+    ledger.begin(V[1], 1)
     with pytest.raises(RefusedError, match="on the path"):
-        ledger.begin(V[3])
+        ledger.begin(V[3], 3)
     train(ledger, make_group)
     ledger.checkpoint(Version(1, 2))
     with pytest.raises(RefusedError, match="not kept"):
-        ledger.begin(V[0])
+        ledger.begin(V[0], 0)
+
+
+def test_a_resume_names_the_commit_that_the_ledger_has_for_its_version(make_group: MakeGroup) -> None:
+    """Sequence numbers go on over lineages, so that a checkpoint is told from that of another run, or time."""
+    ledger = make_ledger(max_staleness=4)
+    for _ in range(3):
+        train(ledger, make_group)
+    ledger.begin(V[1], 1)
+    train(ledger, make_group)
+    assert ledger.track.sequence(Version(1, 2)) == 4
+    before = ledger.accounts()
+    with pytest.raises(RefusedError, match=r"found a resume from 1.2, commit 2, expected commit 4 of the ledger"):
+        ledger.begin(Version(1, 2), 2)
+    with pytest.raises(RefusedError, match=r"found a resume from 1.9, commit 11, .* path of 1.2, commit 4"):
+        ledger.begin(Version(1, 9), 11)
+    assert ledger.accounts() == before
+    assert ledger.begin(Version(1, 2), 4) == Version(2, 2)
+    assert ledger.begin(Version(2, 2), 4) == Version(3, 2), "no step since: the same weights"
 
 
 def test_payloads_are_kept_back_to_the_oldest_kept_checkpoint(make_group: MakeGroup) -> None:

@@ -73,7 +73,8 @@ class Schedules(RuleBasedStateMachine):
         self.results: list[wire.ScoredGroup] = []
         self.leases: list[tuple[LeaseKey, Version]] = []
         self.committed: list[tuple[Version, tuple[int, ...]]] = []
-        self.checkpoints: list[Version] = []
+        self.checkpoints: list[tuple[Version, int]] = []
+        self.num_commits = self.sequence = 0
         self.sampled: dict[LeaseKey, tuple[Version, ...]] = {}
         self.call(lambda: self.ledger.begin(None))
 
@@ -168,28 +169,32 @@ class Schedules(RuleBasedStateMachine):
             oldest = max(self.ledger.track.lineages.staleness(v, version) for v in self.sampled[visit.key])
             assert oldest <= self.config.max_staleness
             assert wire.decode(wire.encode(self.store.payload(visit.number))).group.key == visit.key  # type: ignore[union-attr]
-        self.call(lambda: self.ledger.commit(version, visits))
+        self.num_commits += 1
+        self.sequence = self.call(lambda: self.ledger.commit(version, visits))
+        assert self.sequence == self.num_commits
         self.committed.append((version, visits))
         if again:
             self.crash()
-            self.call(lambda: self.ledger.commit(version, visits))
+            assert self.call(lambda: self.ledger.commit(version, visits)) == self.sequence
         assert self.current == version.next()
 
     @rule()
     def checkpoint(self) -> None:
         self.call(lambda: self.ledger.checkpoint(self.current))
-        self.checkpoints.append(self.current)
+        self.checkpoints.append((self.current, self.sequence))
 
     @rule(fallback=st.integers(0, 2))
     def resume(self, fallback: int) -> None:
-        usable = self.checkpoints[: len(self.checkpoints) - fallback] or [None]
+        usable = self.checkpoints[: len(self.checkpoints) - fallback]
+        version, sequence = usable[-1] if usable else (None, 0)
+        with pytest.raises(RefusedError):
+            self.call(lambda: self.ledger.begin(version or Version(0, 0), sequence + 1))
         try:
-            began = self.call(lambda: self.ledger.begin(usable[-1]))
+            began = self.call(lambda: self.ledger.begin(version, sequence))
         except RefusedError:
             return
-        number = usable[-1].number if usable[-1] else 0
-        assert began.number == number
-        self.checkpoints = [version for version in usable if version is not None]
+        assert began.number == (version.number if version else 0)
+        self.checkpoints, self.sequence = usable, sequence
         lineages = self.ledger.track.lineages
         self.committed = [
             (v, n) for v, n in self.committed if lineages.staleness(v.next(), began) == began.number - v.number - 1

@@ -153,3 +153,15 @@ def test_filtered_visits_are_counted_by_reason(make_run: MakeRun, make_group: Ma
         ledger.store(make_group(lease.key, version, correct), b"")
     store.save(ledger.drain(), store.evaluations(config, 0.0).drain())
     assert store.filtered() == {ALL_RIGHT: 1, ALL_WRONG: 2}
+
+
+def test_a_new_session_finds_nobody_in_the_run_and_nothing_published(tmp_path: Path) -> None:
+    """Weights of a session before are gone, and its verifiers are dead: nobody may be sent there."""
+    store = Store(tmp_path)
+    store.save_member("verifier-0", "verifier", "tcp://127.0.0.1:1")
+    store.save_manifest(
+        wire.Manifest(version=Version(0, 3), path="/gone", size_bytes=1, probe_token_ids=b"", probe_logprobs=b"")
+    )
+    store.begin_session()
+    assert store.members() == []
+    assert store.manifest() is None
