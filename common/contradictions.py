@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from common.contradictions_of_checkpoints import of_checkpoints
+from common.contradictions_of_checkpoints import contradictions_of_checkpoints
 from common.contradictions_of_data import Contradictions, contradictions_of_data
 from common.hardware import PlacementConfig
 from common.learning import LossConfig, OptimizerConfig, ParallelConfig
@@ -32,7 +32,7 @@ def contradictions(config: "Config") -> Contradictions:
         *_of_shares(config),
         *_of_machines(config),
         *_of_engines(config),
-        *of_checkpoints(config),
+        *contradictions_of_checkpoints(config),
     ]
 
 

@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from common.config import Config
 
 
-def of_checkpoints(config: "Config") -> list[tuple[bool, str]]:
+def contradictions_of_checkpoints(config: "Config") -> list[tuple[bool, str]]:
     """Whether each combination is there, and what to say then."""
     learner, run = config.learner, config.run
     return [
