@@ -7,7 +7,7 @@ unless said otherwise (`tests/launch/test_launch_memory.py` compares with what i
     attention         queries, keys and values as projected; queries, keys, result of the attention, the same in order;
                       four rows of the rotary table; with norms of queries and keys, those of each head
     feed-forward      gate and up, the activation, up again, their product: five widths
-    experts           for each of a token's experts its input and six widths; the router's choice
+    experts           for each of a token's experts its input and three widths; the router's choice
 
 What this does not know: fused kernels, which keep less, and experts that get more tokens than others.
 """
@@ -48,7 +48,7 @@ def layer_bytes(shape: ModelShape, parallel: ParallelConfig, item: int) -> Layer
         return LayerBytes(item * hidden / share, attention, 5 * item * width, 3 * (_WIDE + item) * hidden / share)
     rows = shape.num_experts_per_tok * parallel.expert_tensor
     width = shape.moe_intermediate_size / parallel.expert_tensor
-    experts = rows * (item * (hidden + 6 * width) + _WIDE)
+    experts = rows * (item * (hidden + 3 * width) + _WIDE)
     choice = 5 * shape.total_experts + 20 * shape.num_experts_per_tok
     copies = 3 if parallel.expert * parallel.expert_tensor == 1 else 5  # two more on the way to other ranks and back
     return LayerBytes(

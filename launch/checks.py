@@ -15,7 +15,7 @@ from common.config import Config
 from common.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from common.routes import MAX_EXPERTS, route_shape
 from common.sections import DataFile
-from common.shape import ModelShape, check_division, check_engine, read_shape
+from common.shape import ModelShape, check_division, check_engine, check_experts, read_shape
 from launch.activations import ITEM_BYTES
 from launch.estimate import check_fits, gib
 from launch.placement import place
@@ -101,6 +101,7 @@ def _check_model(config: Config, directory: Path) -> ModelShape:
     shape = read_shape(directory)
     check_positions(config, directory)
     check_division(shape, config.learner.parallel)
+    check_experts(shape, config.learner)
     check_engine(shape, config.generator.parallel)
     check_routing(config, shape)
     check_fits(config, shape)

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from common.learning import LearnerConfig, ParallelConfig
 from common.shape import ModelShape
 from learner.megatron.attention import PackedAttention, RMSNorm
+from learner.megatron.experts import GroupedExperts
 from learner.megatron.recompute import recompute_options
 
 
@@ -148,6 +149,8 @@ def _layer_spec(shape: ModelShape) -> ModuleSpec:
     )
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if shape.is_moe:
+        layer.mlp.submodules.experts = GroupedExperts
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
     if shape.has_qk_norm:

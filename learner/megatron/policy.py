@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from common.config import Config
-from common.shape import check_division, read_shape
+from common.shape import check_division, check_experts, read_shape
 from learner.batch import MicroBatch
 from learner.megatron import checkpoint, parallel
 from learner.megatron.convert import export_weights, import_weights
@@ -55,6 +55,7 @@ class Policy:
         """
         self._shape = read_shape(Path(config.model))
         check_division(self._shape, config.learner.parallel)
+        check_experts(self._shape, config.learner)
         files = WeightFiles(Path(config.model))
         self._place = parallel.initialize(config.learner.parallel, config.seed)
         substitute_transformer_engine()
