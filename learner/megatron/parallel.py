@@ -78,7 +78,8 @@ class Place:
 def initialize(parallel: ParallelConfig, seed: int) -> Place:
     """Joins the process group that torchrun describes, or one of a single rank, and seeds every generator.
 
-    The groups are global to the process: where a policy is made anew with another division, they are, too.
+    The groups are global to the process: a policy of the same division has those of the one before, and one of another
+    division ends them.
 
     Raises:
         ConfigError: torchrun started another number of ranks.
@@ -90,6 +91,43 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
             f"torchrun --nproc-per-node: found {dist.get_world_size()} ranks, expected {parallel.num_ranks}: the "
             "product of learner.parallel.data, tensor, pipeline and context"
         )
+    if _division() != _sizes(parallel):
+        _divide(parallel)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return _place(parallel)
+
+
+def compute_device() -> torch.device:
+    """Where this rank's tensors are."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _sizes(parallel: ParallelConfig) -> tuple[int, ...]:
+    """What tells one division of the same ranks from another."""
+    experts = (parallel.expert, parallel.expert_tensor)
+    return (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context, *experts)
+
+
+def _division() -> tuple[int | None, ...]:
+    """The sizes that the groups of this process have now; none where there are no groups."""
+    if not parallel_state.model_parallel_is_initialized():
+        return ()
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+
+
+def _divide(parallel: ParallelConfig) -> None:
+    """Makes the groups in the place of those that are there: each of gloo's has a thread that wakes every 10 ms."""
+    for group in parallel_state._global_process_group_list or ():  # pyright: ignore[reportPrivateUsage]
+        if group is not None:
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -100,14 +138,6 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
         expert_tensor_parallel_size=parallel.expert_tensor,
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() / 60),
     )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return _place(parallel)
-
-
-def compute_device() -> torch.device:
-    """Where this rank's tensors are."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _place(parallel: ParallelConfig) -> Place:

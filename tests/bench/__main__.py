@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.bench.report import Figure, page, table
 
-BENCHMARKS = ("wire", "packing", "logprobs", "memory", "local")
+BENCHMARKS = ("wire", "packing", "logprobs", "memory", "learner", "local")
 
 
 def main() -> None:
