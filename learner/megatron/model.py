@@ -99,7 +99,7 @@ def transformer_config(shape: ModelShape, learner: LearnerConfig, dtype: torch.d
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=True,
         persist_layer_norm=False,
         **_parallel_options(learner.parallel, dtype),
         **recompute_options(learner.recompute, shape),

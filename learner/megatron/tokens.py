@@ -89,8 +89,8 @@ def shard_tokens(batch: PackedTokens, place: Place, device: torch.device) -> Tok
     index = starts[owner] + position.clamp(max=lengths[owner] - 1)
     is_last = position >= lengths[owner] - 1
     targets = token_ids[(index + 1).clamp(max=len(token_ids) - 1)].masked_fill(is_last, 0)
-    mine = _piece(padded, padded_starts, context.rank, context.size)
-    order = torch.cat([_piece(padded, padded_starts, rank, context.size) for rank in range(context.size)])
+    mine = piece(padded, padded_starts, context.rank, context.size)
+    order = torch.cat([piece(padded, padded_starts, rank, context.size) for rank in range(context.size)])
     place_of = torch.empty_like(order)
     place_of[order] = torch.arange(len(order))
     own = torch.arange(len(lengths)).repeat_interleave(lengths)
@@ -117,12 +117,12 @@ def _padded(lengths: Tensor, multiple: int, num_token_ranks: int) -> Tensor:
     return padded
 
 
-def _piece(padded: Tensor, starts: Tensor, rank: int, size: int) -> Tensor:
+def piece(padded: Tensor, starts: Tensor, rank: int, size: int) -> Tensor:
     """Where a context rank's tokens are among the padded ones, in its order."""
     if size == 1:
-        return torch.arange(int(starts[-1]))
+        return torch.arange(int(starts[-1]), device=starts.device)
     half = padded // (2 * size)
     counts = torch.stack([half, half], dim=1).flatten()
     firsts = torch.stack([starts[:-1] + rank * half, starts[:-1] + (2 * size - 1 - rank) * half], dim=1).flatten()
     ends = counts.cumsum(0)
-    return torch.arange(int(ends[-1])) + (firsts - (ends - counts)).repeat_interleave(counts)
+    return torch.arange(int(ends[-1]), device=starts.device) + (firsts - (ends - counts)).repeat_interleave(counts)
