@@ -141,7 +141,5 @@ def response_difference(
 
 def response_mean(values: Float[Tensor, " tokens"], micro: MicroBatch) -> Float[Tensor, " sequences"]:
     """Mean over each completion's response tokens of values that are 0 elsewhere."""
-    lengths = micro.sequence_starts.diff().long()
-    sums = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
-    counts = torch.segment_reduce(micro.response_mask.double(), "sum", lengths=lengths, unsafe=True)
-    return sums / counts.clamp(min=1)
+    sums = torch.segment_reduce(values, "sum", lengths=micro.lengths, unsafe=True)
+    return sums / micro.response_lengths.clamp(min=1)

@@ -198,6 +198,8 @@ def batch_metrics(
 
 def _mean_penalty(groups: tuple[wire.TrainingGroup, ...], config: Config) -> float:
     """Of the graded completions; `reward` is the mean before it."""
+    if config.loss.overlong_buffer == 0:
+        return 0.0
     graded = [grade.outcome.graded for training in groups for grade in training.scored.grades]
     penalties = torch.cat([group_penalties(training.scored.group, config) for training in groups])
     return float(penalties[torch.tensor(graded)].mean())

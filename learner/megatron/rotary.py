@@ -6,6 +6,7 @@ once, and what the backward pass keeps is theirs alone.
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -35,10 +36,10 @@ def rotate_packed(
     """
     table = _tables.get(cu_seqlens)
     if table is None:
-        starts = cu_seqlens.long()
-        index = piece(starts.diff(), starts, cp_rank, cp_size)
-        position = index - starts[torch.bucketize(index, starts[1:], right=True)]
-        angles = freqs[position, 0, :, : freqs.shape[-1] // 2]
+        starts = cu_seqlens.cpu().numpy().astype(np.int64)
+        index = piece(starts, cp_rank, cp_size)
+        position = index - starts[np.searchsorted(starts, index, side="right") - 1]
+        angles = freqs[torch.from_numpy(position).to(freqs.device), 0, :, : freqs.shape[-1] // 2]
         table = _tables[cu_seqlens] = (angles.cos().to(t.dtype), angles.sin().to(t.dtype))
     return _Rotation.apply(t, *table)  # type: ignore[no-any-return]
 

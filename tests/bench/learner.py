@@ -96,7 +96,7 @@ def _compare(directory: Path, sizes: dict[str, Any], lengths: list[int]) -> tupl
 
 
 def _sum_of_logprobs() -> Callable[..., Any]:
-    return lambda micro, logprobs, entropy: -logprobs.sum()
+    return lambda _micro, logprobs, _entropy: -logprobs.sum()
 
 
 def _batches(sequences: list[Any]) -> dict[str, list[list[Any]]]:
