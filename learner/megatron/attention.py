@@ -45,8 +45,12 @@ class PackedRuns(PackedSeqParams):
     runs: tuple[Run, ...] = ()
 
 
-def packed_runs(sequence_starts: Tensor, device: torch.device) -> PackedRuns:
-    """Describes a packed batch; `sequence_starts` is Int[S+1], int32, on the CPU."""
+def packed_runs(sequence_starts: Tensor, device: torch.device, num_context_ranks: int = 1) -> PackedRuns:
+    """Describes a packed batch; `sequence_starts` is Int[S+1], int32, on the CPU.
+
+    TransformerEngine demands the padded starts where ranks share sequences, and compares them with the others where it
+    is given any: there is no padding between sequences, so they are the same.
+    """
     lengths = [end - start for start, end in pairwise(sequence_starts.tolist())]
     runs = tuple(Run(len(list(same)), length) for length, same in groupby(lengths))
     starts = sequence_starts.to(device)
@@ -57,6 +61,7 @@ def packed_runs(sequence_starts: Tensor, device: torch.device) -> PackedRuns:
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         runs=runs,
+        **(dict.fromkeys(("cu_seqlens_q_padded", "cu_seqlens_kv_padded"), starts) if num_context_ranks > 1 else {}),
     )
 
 

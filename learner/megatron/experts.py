@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -54,7 +55,10 @@ class GroupedExperts(MegatronModule):
         """
         ends = tokens_per_expert.to(hidden.device).cumsum(0, dtype=torch.int32)
         gate_up = F.grouped_mm(hidden, self.gate_up.flatten(1, 2).transpose(1, 2), offs=ends)
-        activated = _WeightedSwiglu.apply(gate_up, probs)
+        if self.config.bias_activation_fusion:
+            activated = weighted_bias_swiglu_impl(gate_up, None, probs[:, None])
+        else:
+            activated = _WeightedSwiglu.apply(gate_up, probs)
         return F.grouped_mm(activated, self.down.transpose(1, 2), offs=ends), None
 
     def sharded_state_dict(

@@ -14,10 +14,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from common.config import Config
+from common.log import logger
 from common.shape import check_division, check_experts, read_shape
 from learner.batch import MicroBatch
 from learner.megatron import checkpoint, parallel
 from learner.megatron.convert import export_weights, import_weights
+from learner.megatron.kernels import choose, installed
 from learner.megatron.logprobs import linear_logprobs
 from learner.megatron.model import build_model
 from learner.megatron.optimizer import Optimizer, wrap_model
@@ -62,7 +64,9 @@ class Policy:
         self._device = parallel.compute_device()
         self._temperature = config.sampling.temperature
         dtype = torch.bfloat16 if config.learner.dtype == "bfloat16" else torch.float32
-        self._pieces = build_model(self._shape, config.learner, dtype, self._device)
+        chosen = choose(installed(), dtype)
+        logger().info("kernels", **chosen._asdict())
+        self._pieces = build_model(self._shape, config.learner, dtype, self._device, chosen)
         import_weights(self._pieces, self._shape, self._place, files)
         self._replays = [RoutingReplay(piece) for piece in self._pieces] if config.learner.routing_replay else []
         self._wrapped = wrap_model(self._pieces)

@@ -22,7 +22,7 @@ def substitute_transformer_engine() -> None:
         distributed_adam.HAVE_APEX_OR_TE = distributed_adam.USING_TE_OPTIMIZER = True
     if not hasattr(experts, "te_general_gemm"):  # a name that 0.16.1 reads without TransformerEngine, too
         experts.te_general_gemm = None
-    if rotary.fused_apply_rotary_pos_emb_thd is None:
+    if rotary.fused_apply_rotary_pos_emb_thd is None or not torch.cuda.is_available():
         rotary.fused_apply_rotary_pos_emb_thd = rotate_packed
 
 

@@ -102,7 +102,7 @@ def shard_tokens(batch: PackedTokens, place: Place, device: torch.device) -> Tok
         token_ids=torch.from_numpy(token_ids[index[mine]]).long().to(device),
         position_ids=torch.from_numpy(position[mine]).to(device),
         targets=torch.from_numpy(targets[mine]).long().to(device),
-        packed=packed_runs(torch.from_numpy(padded_starts).int(), device),
+        packed=packed_runs(torch.from_numpy(padded_starts).int(), device, context.size),
         micro_index=torch.from_numpy(index[mine]),
         _found_at=torch.from_numpy(before).to(device),
         _is_first=torch.from_numpy(at == 0).to(device),
