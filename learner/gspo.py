@@ -135,8 +135,7 @@ def response_difference(
     ahead: Float[Tensor, " tokens"], behind: Float[Tensor, " tokens"], micro: MicroBatch
 ) -> Float[Tensor, " tokens"]:
     """`ahead - behind` in float64, 0 outside the response; NaN there does not get in."""
-    mask = micro.response_mask
-    return torch.where(mask, ahead, 0.0).double() - torch.where(mask, behind, 0.0).double()
+    return torch.where(micro.response_mask, ahead.double() - behind.double(), 0.0)
 
 
 def response_mean(values: Float[Tensor, " tokens"], micro: MicroBatch) -> Float[Tensor, " sequences"]:

@@ -1,5 +1,6 @@
 """The policy: a Megatron model that gives logprobs, learns, and hands out its weights."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -119,8 +120,12 @@ class Policy:
         self._schedule(micros, partial(self._train_step, loss=loss), forward_only=False)
         for replay in self._replays:
             replay.forget()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.monotonic()
         grad_norm, finite = self._optimizer.step()
-        return UpdateResult(grad_norm=grad_norm, skipped=not finite, lr=self._optimizer.lr)
+        seconds = time.monotonic() - began
+        return UpdateResult(grad_norm=grad_norm, skipped=not finite, lr=self._optimizer.lr, optimizer_s=seconds)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face name and tensor of each weight that is this rank's to hand out; a tied output layer is left out.
