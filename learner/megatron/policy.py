@@ -15,7 +15,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from common.config import Config
-from common.log import logger
 from common.shape import check_division, check_experts, read_shape
 from learner.batch import MicroBatch
 from learner.megatron import checkpoint, parallel
@@ -47,6 +46,7 @@ class Policy:
     Attributes:
         share: This rank's share of the batch.
         vocab_size: Of the Hugging Face config.
+        kernels: What the model is made of.
     """
 
     def __init__(self, config: Config) -> None:
@@ -65,9 +65,8 @@ class Policy:
         self._device = parallel.compute_device()
         self._temperature = config.sampling.temperature
         dtype = torch.bfloat16 if config.learner.dtype == "bfloat16" else torch.float32
-        chosen = choose(installed(), dtype)
-        logger().info("kernels", **chosen._asdict())
-        self._pieces = build_model(self._shape, config.learner, dtype, self._device, chosen)
+        self.kernels = choose(installed(), dtype)
+        self._pieces = build_model(self._shape, config.learner, dtype, self._device, self.kernels)
         import_weights(self._pieces, self._shape, self._place, files)
         self._replays = [RoutingReplay(piece) for piece in self._pieces] if config.learner.routing_replay else []
         self._wrapped = wrap_model(self._pieces)
