@@ -7,7 +7,7 @@ import msgspec
 
 from common.architectures import QWEN2, QWEN3_MOE, check_architecture
 from common.errors import ConfigError, ModelError
-from common.learning import ParallelConfig
+from common.learning import LearnerConfig, ParallelConfig
 from common.sections import EngineParallelConfig
 
 
@@ -135,6 +135,27 @@ def check_division(shape: ModelShape, parallel: ParallelConfig) -> None:
             f"learner.parallel.sequence: found false with {tensor} = {parallel.tensor}, expected true: the model has "
             "experts, and each token must reach them once"
         )
+
+
+def check_experts(shape: ModelShape, learner: LearnerConfig) -> None:
+    """Checks that grouped matrix products can take the experts: they want rows of whole 16 bytes.
+
+    Raises:
+        ConfigError: A row of an expert's weights is no multiple of that.
+    """
+    if not shape.is_moe:
+        return
+    multiple = 16 // (2 if learner.dtype == "bfloat16" else 4)
+    parts = learner.parallel.expert_tensor
+    for name, size in (
+        ("hidden_size", shape.hidden_size),
+        ("moe_intermediate_size / learner.parallel.expert_tensor", shape.moe_intermediate_size // parts),
+    ):
+        if size % multiple:
+            raise ConfigError(
+                f"learner.dtype: found {learner.dtype} with a model whose {name} = {size}, expected a multiple of "
+                f"{multiple} there: grouped matrix products take rows of whole 16 bytes"
+            )
 
 
 def check_engine(shape: ModelShape, parallel: EngineParallelConfig) -> None:

@@ -72,6 +72,8 @@ class Lineages:
             version: Of the token.
             current: Of the learner; its lineage descends from the token's, or the token's from one of its ancestors.
         """
+        if version.lineage == current.lineage:
+            return abs(current.number - version.number)
         ahead = dict(self._ancestry(current))
         for lineage, number in self._ancestry(version):
             if lineage in ahead:

@@ -3,11 +3,11 @@
 Megatron-core's local layers with `learner.megatron.attention` keep for each packed token, in `item` bytes a value
 unless said otherwise (`tests/launch/test_launch_memory.py` compares with what is kept):
 
-    norm              its input in float32, the scaled input, its output for what follows, the scale in float32
+    norm              its input, its output for what follows, the scale in float32
     attention         queries, keys and values as projected; queries, keys, result of the attention, the same in order;
-                      four rows of the rotary table; with norms of queries and keys, those of each head
+                      with norms of queries and keys, those of each head
     feed-forward      gate and up, the activation, up again, their product: five widths
-    experts           for each of a token's experts its input and six widths; the router's choice
+    experts           for each of a token's experts its input and three widths; the router's choice
 
 What this does not know: fused kernels, which keep less, and experts that get more tokens than others.
 """
@@ -48,7 +48,7 @@ def layer_bytes(shape: ModelShape, parallel: ParallelConfig, item: int) -> Layer
         return LayerBytes(item * hidden / share, attention, 5 * item * width, 3 * (_WIDE + item) * hidden / share)
     rows = shape.num_experts_per_tok * parallel.expert_tensor
     width = shape.moe_intermediate_size / parallel.expert_tensor
-    experts = rows * (item * (hidden + 6 * width) + _WIDE)
+    experts = rows * (item * (hidden + 3 * width) + _WIDE)
     choice = 5 * shape.total_experts + 20 * shape.num_experts_per_tok
     copies = 3 if parallel.expert * parallel.expert_tensor == 1 else 5  # two more on the way to other ranks and back
     return LayerBytes(
@@ -79,7 +79,8 @@ def held_bytes(config: Config, shape: ModelShape, stage: int) -> HeldBytes:
         "full": (layer.input, layer.attention + layer.feed_forward),
     }[learner.recompute]
     num_layers = shape.num_hidden_layers // (parallel.pipeline * parallel.virtual_pipeline)
-    whole = _pieces_in_flight(parallel, stage) * num_layers * kept
+    rotary = item * shape.channels  # cosines and sines of a micro-batch
+    whole = _pieces_in_flight(parallel, stage) * (num_layers * kept + rotary)
     if stage == parallel.pipeline - 1:
         whole += _final(shape, parallel, item)
     tokens = learner.max_tokens_per_microbatch / parallel.context
@@ -87,20 +88,16 @@ def held_bytes(config: Config, shape: ModelShape, stage: int) -> HeldBytes:
 
 
 def _norm(width: float, item: int) -> float:
-    return (_WIDE + item) * width + _WIDE
+    return item * width + _WIDE
 
 
 def _attention(shape: ModelShape, tensor: int, item: int) -> float:
     heads, groups = shape.num_attention_heads / tensor, shape.num_key_value_heads / tensor
     queries, keys = heads * shape.channels, groups * shape.channels
     projected = item * (queries + 2 * keys)
-    rotary = 4 * item * shape.channels
     core = item * (2 * queries + keys) + _WIDE * heads
-    normed = 0.0
-    if shape.has_qk_norm:
-        wide_keys = 0 if item == _WIDE else _WIDE * keys  # in float32 they are the projected ones
-        normed = (_WIDE + item) * queries + item * keys + wide_keys + _WIDE * (heads + groups)
-    return projected + rotary + core + item * queries + normed
+    normed = item * queries + _WIDE * (heads + groups) if shape.has_qk_norm else 0.0  # keys are the projected ones
+    return projected + core + item * queries + normed
 
 
 def _final(shape: ModelShape, parallel: ParallelConfig, item: int) -> float:

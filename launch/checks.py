@@ -15,7 +15,7 @@ from common.config import Config
 from common.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from common.routes import MAX_EXPERTS, route_shape
 from common.sections import DataFile
-from common.shape import ModelShape, check_division, check_engine, read_shape
+from common.shape import ModelShape, check_division, check_engine, check_experts, read_shape
 from launch.activations import ITEM_BYTES
 from launch.estimate import check_fits, readable
 from launch.parameters import model_parameters
@@ -109,6 +109,7 @@ def _check_shape(config: Config, shape: ModelShape, where: str) -> None:
     """What can be said of a model by its sizes."""
     check_positions(config, shape, where)
     check_division(shape, config.learner.parallel)
+    check_experts(shape, config.learner)
     check_engine(shape, config.generator.parallel)
     check_routing(config, shape)
     check_fits(config, shape)

@@ -1,6 +1,7 @@
 """A step's groups as packed micro-batches."""
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -74,6 +75,16 @@ class MicroBatch:
         """T."""
         return len(self.token_ids)
 
+    @cached_property
+    def lengths(self) -> Int[Tensor, " sequences"]:
+        """Tokens of each sequence."""
+        return self.sequence_starts.diff().long()
+
+    @cached_property
+    def response_lengths(self) -> Float[Tensor, " sequences"]:
+        """Tokens of each response, float64."""
+        return torch.segment_reduce(self.response_mask.double(), "sum", lengths=self.lengths, unsafe=True)
+
 
 def group_sequences(
     training: wire.TrainingGroup, config: Config, current: Version, lineages: Lineages, shuffled: np.random.Generator
@@ -88,20 +99,21 @@ def group_sequences(
         shuffled: Permutes the rewards where `loss.shuffle_rewards` is set.
     """
     scored = training.scored
-    graded = torch.tensor([grade.outcome.graded for grade in scored.grades])
+    graded = [grade.outcome.graded for grade in scored.grades]
     rewards = torch.tensor([grade.reward for grade in scored.grades], dtype=torch.float64)
-    rewards -= group_penalties(scored.group, config)
+    if config.loss.overlong_buffer:
+        rewards -= group_penalties(scored.group, config)
     if config.loss.shuffle_rewards:
-        known = graded.nonzero().flatten().numpy()
+        known = np.flatnonzero(graded)
         rewards[known] = rewards[shuffled.permutation(known)]
-    advantages = group_advantages(rewards, graded, config.loss.advantage)
+    advantages = group_advantages(rewards, torch.tensor(graded), config.loss.advantage).tolist()
     prompt = wire.ints(training.prompt.token_ids)
     return [
         Sequence(
             prompt=prompt,
             response=wire.ints(completion.token_ids),
             generator_logprobs=wire.floats(completion.logprobs),
-            advantage=float(advantages[i]),
+            advantage=advantages[i],
             staleness=completion_staleness(completion, current, lineages),
             routed_experts=_routed_experts(completion, len(prompt) + completion.num_tokens),
         )
@@ -120,7 +132,12 @@ def group_penalties(group: wire.Group, config: Config) -> Float[Tensor, " group"
 
 def completion_staleness(completion: wire.Completion, current: Version, lineages: Lineages) -> int:
     """Updates between a completion's oldest token and the learner."""
-    return max(lineages.staleness(span.version, current) for span in completion.spans())
+    return _oldest(completion.versions, current, lineages)
+
+
+@lru_cache(maxsize=1024)  # short completions have the same few spans
+def _oldest(versions: bytes, current: Version, lineages: Lineages) -> int:
+    return max(lineages.staleness(span.version, current) for span in wire.spans(versions))
 
 
 def is_masked(completion: wire.Completion, config: Config) -> bool:
@@ -170,14 +187,16 @@ def _micro_batch(packed: list[Sequence], *, counted: bool) -> MicroBatch:
     prompt_lengths = np.array([len(s.prompt) for s in packed])
     routes = [s.routed_experts for s in packed if s.routed_experts is not None]
     assert len(routes) in (0, len(packed)), "routed experts of some completions and not of others"
-    logprobs = [np.concatenate([np.full(len(s.prompt), np.nan, np.float32), s.generator_logprobs]) for s in packed]
+    response_mask = positions >= prompt_lengths[owner]
+    logprobs = np.full(len(positions), np.nan, np.float32)
+    logprobs[response_mask] = np.concatenate([s.generator_logprobs for s in packed])
     return MicroBatch(
         token_ids=torch.from_numpy(np.concatenate([part for s in packed for part in (s.prompt, s.response)])).long(),
         position_ids=torch.from_numpy(positions).long(),
         sequence_starts=torch.from_numpy(starts).int(),
-        response_mask=torch.from_numpy(positions >= prompt_lengths[owner]),
+        response_mask=torch.from_numpy(response_mask),
         sequence_of_token=torch.from_numpy(owner).long(),
-        generator_logprobs=torch.from_numpy(np.concatenate(logprobs)),
+        generator_logprobs=torch.from_numpy(logprobs),
         advantages=torch.tensor([s.advantage for s in packed], dtype=torch.float64),
         staleness=torch.tensor([s.staleness for s in packed]),
         loss_mask=torch.full((len(packed),), counted),

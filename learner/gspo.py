@@ -138,13 +138,10 @@ def response_difference(
     ahead: Float[Tensor, " tokens"], behind: Float[Tensor, " tokens"], micro: MicroBatch
 ) -> Float[Tensor, " tokens"]:
     """`ahead - behind` in float64, 0 outside the response; NaN there does not get in."""
-    mask = micro.response_mask
-    return torch.where(mask, ahead, 0.0).double() - torch.where(mask, behind, 0.0).double()
+    return torch.where(micro.response_mask, ahead.double() - behind.double(), 0.0)
 
 
 def response_mean(values: Float[Tensor, " tokens"], micro: MicroBatch) -> Float[Tensor, " sequences"]:
     """Mean over each completion's response tokens of values that are 0 elsewhere."""
-    lengths = micro.sequence_starts.diff().long()
-    sums = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
-    counts = torch.segment_reduce(micro.response_mask.double(), "sum", lengths=lengths, unsafe=True)
-    return sums / counts.clamp(min=1)
+    sums = torch.segment_reduce(values, "sum", lengths=micro.lengths, unsafe=True)
+    return sums / micro.response_lengths.clamp(min=1)

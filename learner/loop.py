@@ -36,6 +36,7 @@ class Learner:
         self._skips = SkipLimit(config)
         self._lineages = Lineages()
         self._saved = 0
+        self._watch = Stopwatch()
         self.version = Version(0, 0)
 
     def train(self) -> None:
@@ -56,7 +57,7 @@ class Learner:
         self._end(STOPPED if self.version.number < self._config.steps else COMPLETE)
 
     def _steps(self) -> None:
-        watch = Stopwatch()
+        watch = self._watch = Stopwatch()  # what was before is no step's
         while self.version.number < self._config.steps:
             with watch("wait"):
                 groups = self._ledger.reserve(self.version, self._config.groups_per_step)
@@ -64,7 +65,7 @@ class Learner:
                 return
             with watch("update"), self._ledger.activity.working():
                 metrics = train_step(
-                    self._policy, groups, self._config, self.version, self._lineages, self._ranks.gather
+                    self._policy, groups, self._config, self.version, self._lineages, self._ranks.gather, watch
                 )
             self._skips.count(metrics)
             self.version = self._ledger.commit(self.version, groups)
@@ -89,7 +90,8 @@ class Learner:
 
     def _publish(self) -> None:
         bind(version=str(self.version))
-        manifest = self._publisher.publish(self.version, self._policy.export(), self._policy.sequence_logprobs)
+        weights = self._watch.each("export", self._policy.export())
+        manifest = self._publisher.publish(self.version, weights, self._policy.sequence_logprobs)
         self._ledger.publish(manifest)
 
     def _evaluate_and_save(self) -> None:

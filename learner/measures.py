@@ -92,17 +92,15 @@ def measure(
         unmoved: Whether no update of the step was made before.
     """
     counted = micro.loss_mask
-    lengths = micro.sequence_starts.diff().long()
-    responses = torch.segment_reduce(micro.response_mask.double(), "sum", lengths=lengths)
     columns = (
-        *(responses, micro.staleness, stats.log_ratio, stats.log_staleness_ratio, stats.weight),
+        *(micro.response_lengths, micro.staleness, stats.log_ratio, stats.log_staleness_ratio, stats.weight),
         *(stats.clipped_low, stats.clipped_high, stats.staleness_clipped),
         *(stats.outside, torch.full_like(stats.outside, unmoved)),
     )
     tokens = micro.response_mask & counted[micro.sequence_of_token]
     difference = (learner_logprobs.double() - micro.generator_logprobs.double())[tokens]
     totals = (
-        *(loss, kl, float(lengths[counted].sum()), float(tokens.sum()), float(entropy[tokens].double().sum())),
+        *(loss, kl, float(micro.lengths[counted].sum()), float(tokens.sum()), float(entropy[tokens].double().sum())),
         *(float(difference.abs().sum()), float((difference.expm1() - difference).sum())),
     )
     return Measures(
@@ -159,12 +157,15 @@ def _by_bucket(measures: Measures, shares: dict[str, Tensor], max_tokens: int) -
     edges = torch.tensor(STALENESS_EDGES, dtype=torch.float64)
     age = torch.bucketize(measures.column("staleness").contiguous(), edges, right=True)
     quarter = ((measures.column("length") - 1) * len(LENGTH_BUCKETS) / max_tokens).long().clamp(0, 3)
-    of_age = [("staleness", name, age == i) for i, name in enumerate(STALENESS_BUCKETS)]
-    of_length = [("length", name, quarter == i) for i, name in enumerate(LENGTH_BUCKETS)]
+    names = [*(f"staleness_{name}" for name in STALENESS_BUCKETS), *(f"length_{name}" for name in LENGTH_BUCKETS)]
+    of_age = age == torch.arange(len(STALENESS_BUCKETS))[:, None]
+    of_length = quarter == torch.arange(len(LENGTH_BUCKETS))[:, None]
+    chosen = torch.cat([of_age, of_length]).double()
+    means = torch.stack(list(shares.values())) @ chosen.t() / chosen.sum(1)
     return {
-        f"{share}_at_{kind}_{name}": _mean(values[chosen])
-        for share, values in shares.items()
-        for kind, name, chosen in of_age + of_length
+        f"{share}_at_{name}": mean
+        for share, row in zip(shares, means.tolist(), strict=True)
+        for name, mean in zip(names, row, strict=True)
     }
 
 

@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from common.tokenizer import load_tokenizer
 from common.versions import Version
 
 SAMPLES = "samples.jsonl"
+_END = object()
+_Item = TypeVar("_Item")
 
 
 class Stopwatch:
@@ -32,7 +35,20 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._parts[part] = self._parts.get(part, 0.0) + time.monotonic() - began
+            self.add(part, time.monotonic() - began)
+
+    def add(self, part: str, seconds: float) -> None:
+        """Adds a time that was taken elsewhere."""
+        self._parts[part] = self._parts.get(part, 0.0) + seconds
+
+    def each(self, part: str, items: Iterator[_Item]) -> Iterator[_Item]:
+        """The items; adds the time that it takes to make them."""
+        while True:
+            with self(part):
+                item = next(items, _END)
+            if item is _END:
+                return
+            yield cast(_Item, item)
 
     def lap(self) -> dict[str, float]:
         """Seconds since the last lap, in all (`seconds`) and of each part (`PART_s`)."""

@@ -1,5 +1,6 @@
 """One step: groups in, `updates_per_step` optimizer updates, and the numbers that tell what happened."""
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
@@ -25,6 +26,7 @@ from learner.batch import (
 from learner.gspo import gspo_loss, proximal
 from learner.kl import kl_loss
 from learner.measures import Measures, add_up, measure, summarize
+from learner.record import Stopwatch
 from learner.trainable import BatchShare, Trainable, UpdateResult
 
 Gather = Callable[[bytes], list[bytes]]
@@ -38,6 +40,7 @@ def train_step(
     version: Version,
     lineages: Lineages,
     gather: Gather = lambda own: [own],
+    watch: Stopwatch | None = None,
 ) -> dict[str, float]:
     """Trains on the groups of the step that starts at `version` and returns its metrics, those of all ranks.
 
@@ -48,6 +51,7 @@ def train_step(
         version: Of the weights.
         lineages: To tell staleness.
         gather: The bytes of every rank, given this rank's.
+        watch: Takes the time of `recompute`, `forward_backward` and `optimizer`; None where nobody asks.
     """
     shuffled = np.random.default_rng([config.seed, version.number])
     order = shuffled.permutation(len(groups))
@@ -57,7 +61,8 @@ def train_step(
         [s for group in sequences[at : at + per_update] for s in group] for at in range(0, len(groups), per_update)
     ]
     fitting = [split_long(update, config.learner.max_tokens_per_microbatch) for update in updates]
-    step = _Step(policy, config, [_Update.of(update, config, policy.share) for update, _ in fitting])
+    shares = [_Update.of(update, config, policy.share) for update, _ in fitting]
+    step = _Step(policy, config, shares, watch or Stopwatch())
     step.run()
     rejected = {"num_rejected": float(sum(num for _, num in fitting))}
     return {**batch_metrics(groups, config, version, lineages), **rejected, **step.metrics(gather)}
@@ -84,8 +89,8 @@ class _Update(NamedTuple):
 class _Step:
     """The updates of one step, and what they leave behind."""
 
-    def __init__(self, policy: Trainable, config: Config, updates: list[_Update]) -> None:
-        self._policy, self._config, self._updates = policy, config, updates
+    def __init__(self, policy: Trainable, config: Config, updates: list[_Update], watch: Stopwatch) -> None:
+        self._policy, self._config, self._updates, self._watch = policy, config, updates, watch
         self._results: list[UpdateResult] = []
         self._measured: list[Measures] = []
         self._reference: dict[int, Tensor] = {}
@@ -94,17 +99,25 @@ class _Step:
 
     def run(self) -> None:
         """Makes the updates; the proximal logprobs of all but the first, and the reference's, are taken before it."""
+        with self._watch("recompute"):
+            self._recompute()
+        for update in self._updates:
+            if update.num_completions:
+                began = time.monotonic()
+                self._update(update)
+                optimizer_s = self._results[-1].optimizer_s
+                self._watch.add("forward_backward", time.monotonic() - began - optimizer_s)
+                self._watch.add("optimizer", optimizer_s)
+            else:
+                self._num_empty += 1
+
+    def _recompute(self) -> None:
         every = [micro for update in self._updates for micro in update.micros]
         if self._config.loss.kl_coefficient > 0 and every:
             self._reference = _of_each(every, self._policy.reference_logprobs(every))
         later = [micro for update in self._updates[1:] for micro in update.micros]
         if self._config.loss.proximal == "recompute" and later:
             self._at_start = _of_each(later, self._policy.logprobs(later))
-        for update in self._updates:
-            if update.num_completions:
-                self._update(update)
-            else:
-                self._num_empty += 1
 
     def _update(self, update: _Update) -> None:
         num, unmoved = update.num_completions, not self._results
@@ -207,6 +220,8 @@ def batch_metrics(
 
 def _mean_penalty(groups: tuple[wire.TrainingGroup, ...], config: Config) -> float:
     """Of the graded completions; `reward` is the mean before it."""
+    if config.loss.overlong_buffer == 0:
+        return 0.0
     graded = [grade.outcome.graded for training in groups for grade in training.scored.grades]
     penalties = torch.cat([group_penalties(training.scored.group, config) for training in groups])
     return float(penalties[torch.tensor(graded)].mean())

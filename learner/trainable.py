@@ -20,11 +20,13 @@ class UpdateResult:
         grad_norm: Before clipping.
         skipped: Whether the norm was no finite number, so that nothing changed.
         lr: Learning rate.
+        optimizer_s: What of the update's time was not forward and backward passes.
     """
 
     grad_norm: float
     skipped: bool
     lr: float
+    optimizer_s: float = 0.0
 
 
 @dataclass(frozen=True)

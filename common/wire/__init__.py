@@ -60,6 +60,7 @@ from common.wire.groups import (
     Verdict as Verdict,
     VersionSpan as VersionSpan,
     span_bytes as span_bytes,
+    spans as spans,
 )
 from common.wire.leases import (
     Lease as Lease,

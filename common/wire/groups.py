@@ -68,7 +68,7 @@ class Completion(Message):
 
     def spans(self) -> list[VersionSpan]:
         """The version spans, in order."""
-        return [VersionSpan(int(e), Version(int(lin), int(n))) for e, lin, n in ints(self.versions).reshape(-1, 3)]
+        return spans(self.versions)
 
     def check(self) -> None:
         """Checks what the types cannot say.
@@ -143,6 +143,12 @@ class Verdict(Message):
 
     status: str  # "stored", "duplicate" or "refused"
     reason: str = ""
+
+
+def spans(data: bytes) -> list[VersionSpan]:
+    """What `span_bytes` wrote."""
+    numbers = iter(ints(data).tolist())
+    return [VersionSpan(end, Version(*of)) for end, *of in zip(numbers, numbers, numbers, strict=True)]
 
 
 def span_bytes(spans: list[VersionSpan]) -> bytes:

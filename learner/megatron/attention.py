@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from learner.megatron.parallel import Share
 
@@ -44,8 +45,12 @@ class PackedRuns(PackedSeqParams):
     runs: tuple[Run, ...] = ()
 
 
-def packed_runs(sequence_starts: Tensor, device: torch.device) -> PackedRuns:
-    """Describes a packed batch; `sequence_starts` is Int[S+1], int32, on the CPU."""
+def packed_runs(sequence_starts: Tensor, device: torch.device, num_context_ranks: int = 1) -> PackedRuns:
+    """Describes a packed batch; `sequence_starts` is Int[S+1], int32, on the CPU.
+
+    TransformerEngine demands the padded starts where ranks share sequences, and compares them with the others where it
+    is given any: there is no padding between sequences, so they are the same.
+    """
     lengths = [end - start for start, end in pairwise(sequence_starts.tolist())]
     runs = tuple(Run(len(list(same)), length) for length, same in groupby(lengths))
     starts = sequence_starts.to(device)
@@ -56,6 +61,7 @@ def packed_runs(sequence_starts: Tensor, device: torch.device) -> PackedRuns:
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         runs=runs,
+        **(dict.fromkeys(("cu_seqlens_q_padded", "cu_seqlens_kv_padded"), starts) if num_context_ranks > 1 else {}),
     )
 
 
@@ -151,6 +157,25 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         """`x` with its last dimension scaled to mean square 1, times the weight."""
+        return _ScaledToOne.apply(x, self.weight, self._eps)  # type: ignore[no-any-return]
+
+
+class _ScaledToOne(torch.autograd.Function):
+    """The norm, of which the backward pass keeps the input and one scale a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        scaled = x.float() * scale
+        grad_weight = (grad * scaled).flatten(0, -2).sum(0).to(weight.dtype)
+        wide = (grad * weight).float()
+        along = (wide * scaled).mean(-1, keepdim=True)
+        return wide.addcmul_(scaled, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None

@@ -1,10 +1,12 @@
 """Weights between Hugging Face names and Megatron's, both ways, bit for bit, on any division over ranks.
 
-One table says it all: a Megatron parameter is made of one or several Hugging Face tensors, joined in one of three ways.
+One table says it all: a Megatron parameter, or one expert's part of it, is made of one or several Hugging Face tensors,
+joined in one of four ways.
 
     alone      the tensor itself
     qkv        for each query group: its query heads, its key head, its value head
-    stacked    one above the other (gate and up projection)
+    halves     one above the other (gate and up projection)
+    stacked    side by side in a dimension of their own (gate and up projection of an expert)
 
 Where ranks share a matrix, each of these tensors is cut in equal parts along one dimension, and a rank joins its own.
 """
@@ -38,7 +40,7 @@ class Conversion:
         split: Megatron's parameter as (this rank's parts of) Hugging Face's tensors.
         join: The reverse.
         dim: Along which those tensors are cut; None where every rank has them whole.
-        is_expert: Whether it belongs to one expert.
+        expert: Which of this rank's experts it belongs to: its part of a weight that is stacked; None where to none.
     """
 
     megatron: str
@@ -46,11 +48,15 @@ class Conversion:
     split: Split
     join: Join
     dim: int | None
-    is_expert: bool = False
+    expert: int | None = None
 
     def part(self, place: Place) -> Share:
         """This rank's part of each tensor."""
-        return place.expert_tensor if self.is_expert else place.tensor
+        return place.tensor if self.expert is None else place.expert_tensor
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """A view of what the row is about: a parameter, or one expert's part of it."""
+        return parameter if self.expert is None else parameter[self.expert]
 
 
 def import_weights(pieces: Sequence[HiddenStateModel], shape: ModelShape, place: Place, files: WeightFiles) -> None:
@@ -61,12 +67,13 @@ def import_weights(pieces: Sequence[HiddenStateModel], shape: ModelShape, place:
     """
     for piece in pieces:
         parameters = dict(piece.named_parameters())
-        for row in conversions(piece, shape, place):
-            _import(parameters.pop(row.megatron), row, row.part(place), files)
-        if "output_layer.weight" in parameters:  # tied, and on another stage than the embedding
-            tied = _alone("output_layer.weight", "model.embed_tokens.weight", dim=0)
-            _import(parameters.pop("output_layer.weight"), tied, place.tensor, files)
-        assert not parameters, f"parameters without a row in the table: {sorted(parameters)}"
+        rows = list(conversions(piece, shape, place))
+        if piece.post_process and shape.tie_word_embeddings and not piece.pre_process:
+            rows.append(_alone("output_layer.weight", "model.embed_tokens.weight", dim=0))
+        for row in rows:
+            _import(row.of(parameters[row.megatron].detach()), row, row.part(place), files)
+        rest = parameters.keys() - {row.megatron for row in rows}
+        assert not rest, f"parameters without a row in the table: {sorted(rest)}"
 
 
 def export_weights(
@@ -91,10 +98,10 @@ def export_weights(
         parameters = dict(piece.named_parameters())
         for row in conversions(piece, shape, place):
             turn += 1
-            replicas = place.expert_replicas if row.is_expert else place.replicas
+            replicas = place.replicas if row.expert is None else place.expert_replicas
             if turn % replicas.size != replicas.rank:
                 continue
-            parts = [_whole(t, row, row.part(place)) for t in row.split(value_of(parameters[row.megatron]))]
+            parts = [_whole(t, row, row.part(place)) for t in row.split(row.of(value_of(parameters[row.megatron])))]
             if row.part(place).rank == 0:
                 yield from zip(row.hugging_face, parts, strict=True)
 
@@ -112,10 +119,10 @@ def conversions(piece: HiddenStateModel, shape: ModelShape, place: Place) -> Ite
             yield _alone("output_layer.weight", "lm_head.weight", dim=0)
 
 
-def _import(parameter: torch.nn.Parameter, row: Conversion, part: Share, files: WeightFiles) -> None:
+def _import(parameter: Tensor, row: Conversion, part: Share, files: WeightFiles) -> None:
     num_parts = 1 if row.dim is None else part.size
     tensors: list[Tensor] = []
-    for name, expected in zip(row.hugging_face, row.split(parameter.detach()), strict=True):
+    for name, expected in zip(row.hugging_face, row.split(parameter), strict=True):
         whole = list(expected.shape)
         if row.dim is not None:
             whole[row.dim] *= num_parts
@@ -123,8 +130,7 @@ def _import(parameter: torch.nn.Parameter, row: Conversion, part: Share, files: 
         if found != whole:
             raise ModelError(f"{files.directory}: {name}: found shape {found}, expected {whole}")
         tensors.append(files.read(name, row.dim or 0, part.rank if num_parts > 1 else 0, num_parts))
-    with torch.no_grad():
-        parameter.copy_(row.join(tensors))
+    parameter.copy_(row.join(tensors))
 
 
 def _whole(part: Tensor, row: Conversion, share: Share) -> Tensor:
@@ -148,28 +154,33 @@ def _layer(shape: ModelShape, place: Place, megatron: str, hugging_face: str) ->
     yield _alone(f"{attention}.linear_proj.weight", f"{source}.o_proj.weight", dim=1)
     yield _alone(f"{megatron}.pre_mlp_layernorm.weight", f"{hugging_face}.post_attention_layernorm.weight")
     if not shape.is_moe:
-        yield from _gated(f"{megatron}.mlp", f"{hugging_face}.mlp")
+        names = _gate_up(f"{hugging_face}.mlp")
+        yield Conversion(f"{megatron}.mlp.linear_fc1.weight", names, _halves, torch.cat, 0)
+        yield _alone(f"{megatron}.mlp.linear_fc2.weight", f"{hugging_face}.mlp.down_proj.weight", dim=1)
         return
     yield _alone(f"{megatron}.mlp.router.weight", f"{hugging_face}.mlp.gate.weight")
     num_own = shape.total_experts // place.expert.size
     for own in range(num_own):
-        expert = place.expert.rank * num_own + own
-        local = f"{megatron}.mlp.experts.local_experts.{own}"
-        yield from _gated(local, f"{hugging_face}.mlp.experts.{expert}", is_expert=True)
+        expert = f"{hugging_face}.mlp.experts.{place.expert.rank * num_own + own}"
+        experts = f"{megatron}.mlp.experts"
+        yield Conversion(f"{experts}.gate_up", _gate_up(expert), _unstacked, torch.stack, 0, own)
+        yield _alone(f"{experts}.down", f"{expert}.down_proj.weight", dim=1, expert=own)
 
 
-def _gated(megatron: str, hugging_face: str, *, is_expert: bool = False) -> Iterator[Conversion]:
-    names = (f"{hugging_face}.gate_proj.weight", f"{hugging_face}.up_proj.weight")
-    yield Conversion(f"{megatron}.linear_fc1.weight", names, _halves, torch.cat, 0, is_expert)
-    yield _alone(f"{megatron}.linear_fc2.weight", f"{hugging_face}.down_proj.weight", dim=1, is_expert=is_expert)
+def _gate_up(module: str) -> tuple[str, str]:
+    return f"{module}.gate_proj.weight", f"{module}.up_proj.weight"
 
 
-def _alone(megatron: str, hugging_face: str, *, dim: int | None = None, is_expert: bool = False) -> Conversion:
-    return Conversion(megatron, (hugging_face,), lambda own: [own], lambda parts: parts[0], dim, is_expert)
+def _alone(megatron: str, hugging_face: str, *, dim: int | None = None, expert: int | None = None) -> Conversion:
+    return Conversion(megatron, (hugging_face,), lambda own: [own], lambda parts: parts[0], dim, expert)
 
 
 def _halves(fused: Tensor) -> list[Tensor]:
     return list(fused.chunk(2))
+
+
+def _unstacked(fused: Tensor) -> list[Tensor]:
+    return list(fused.unbind())
 
 
 def _qkv(megatron: str, names: tuple[str, ...], shape: ModelShape, num_ranks: int) -> Conversion:

@@ -14,7 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from common.learning import LearnerConfig, ParallelConfig
 from common.shape import ModelShape
-from learner.megatron.attention import PackedAttention, RMSNorm
+from learner.megatron import kernels
+from learner.megatron.experts import GroupedExperts
+from learner.megatron.kernels import Kernels
 from learner.megatron.recompute import recompute_options
 
 
@@ -42,23 +44,23 @@ class HiddenStateModel(GPTModel):
 
 
 def build_model(
-    shape: ModelShape, learner: LearnerConfig, dtype: torch.dtype, device: torch.device
+    shape: ModelShape, learner: LearnerConfig, dtype: torch.dtype, device: torch.device, chosen: Kernels
 ) -> list[HiddenStateModel]:
     """This rank's pieces of the model, in the order of their layers; their weights are not set yet."""
-    config = transformer_config(shape, learner, dtype)
+    config = transformer_config(shape, learner, dtype, chosen)
     num_pieces = learner.parallel.virtual_pipeline
     return [
-        _build_piece(shape, config, piece if num_pieces > 1 else None).to(device=device, dtype=dtype)
+        _build_piece(shape, config, chosen, piece if num_pieces > 1 else None).to(device=device, dtype=dtype)
         for piece in range(num_pieces)
     ]
 
 
-def _build_piece(shape: ModelShape, config: TransformerConfig, piece: int | None) -> HiddenStateModel:
+def _build_piece(shape: ModelShape, config: TransformerConfig, chosen: Kernels, piece: int | None) -> HiddenStateModel:
     layers = get_num_layers_to_build(config, vp_stage=piece)
     block: Any = TransformerBlockSubmodules
     return HiddenStateModel(
         config=config,
-        transformer_layer_spec=block(layer_specs=[_layer_spec(shape)] * layers, layer_norm=RMSNorm),
+        transformer_layer_spec=block(layer_specs=[layer_spec(shape, chosen)] * layers, layer_norm=kernels.norm(chosen)),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=piece),
@@ -70,8 +72,10 @@ def _build_piece(shape: ModelShape, config: TransformerConfig, piece: int | None
     )
 
 
-def transformer_config(shape: ModelShape, learner: LearnerConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's config of the model: no dropout, no fusion that needs a GPU's libraries."""
+def transformer_config(
+    shape: ModelShape, learner: LearnerConfig, dtype: torch.dtype, chosen: Kernels
+) -> TransformerConfig:
+    """Megatron's config of the model: no dropout, and the fused kernels that were chosen."""
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
@@ -94,12 +98,10 @@ def transformer_config(shape: ModelShape, learner: LearnerConfig, dtype: torch.d
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=True,  # else Megatron does not mark the tensors that ranks share, and the norm is wrong
         deterministic_mode=torch.cuda.is_available(),
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
+        **kernels.options(chosen),
         **_parallel_options(learner.parallel, dtype),
         **recompute_options(learner.recompute, shape),
         **(_expert_options(shape) if shape.is_moe else {}),
@@ -136,20 +138,23 @@ def _expert_options(shape: ModelShape) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": False,
-        "moe_permute_fusion": False,
     }
 
 
-def _layer_spec(shape: ModelShape) -> ModuleSpec:
+def layer_spec(shape: ModelShape, chosen: Kernels) -> ModuleSpec:
+    """Megatron's local layer with the experts, the core attention and the norms that are ours to choose."""
+    norm = kernels.norm(chosen)
     spec = get_gpt_layer_local_spec(
         num_experts=shape.total_experts if shape.is_moe else None,
         qk_layernorm=shape.has_qk_norm,
         normalization="RMSNorm",
     )
     layer: Any = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    if shape.is_moe:
+        layer.mlp.submodules.experts = GroupedExperts
     attention = layer.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = kernels.core_attention(chosen)
     if shape.has_qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = norm
     return spec

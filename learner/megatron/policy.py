@@ -1,5 +1,6 @@
 """The policy: a Megatron model that gives logprobs, learns, and hands out its weights."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,10 +15,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from common.config import Config
-from common.shape import check_division, read_shape
+from common.shape import check_division, check_experts, read_shape
 from learner.batch import MicroBatch
 from learner.megatron import checkpoint, parallel
 from learner.megatron.convert import export_weights, import_weights
+from learner.megatron.kernels import choose, installed
 from learner.megatron.logprobs import linear_logprobs
 from learner.megatron.model import build_model
 from learner.megatron.optimizer import Optimizer, wrap_model
@@ -45,6 +47,7 @@ class Policy:
     Attributes:
         share: This rank's share of the batch.
         vocab_size: Of the Hugging Face config.
+        kernels: What the model is made of.
     """
 
     def __init__(self, config: Config) -> None:
@@ -56,13 +59,15 @@ class Policy:
         """
         self._shape = read_shape(Path(config.model))
         check_division(self._shape, config.learner.parallel)
+        check_experts(self._shape, config.learner)
         files = WeightFiles(Path(config.model))
         self._place = parallel.initialize(config.learner.parallel, config.seed)
         substitute_transformer_engine()
         self._device = parallel.compute_device()
         self._temperature = config.sampling.temperature
         dtype = torch.bfloat16 if config.learner.dtype == "bfloat16" else torch.float32
-        self._pieces = build_model(self._shape, config.learner, dtype, self._device)
+        self.kernels = choose(installed(), dtype)
+        self._pieces = build_model(self._shape, config.learner, dtype, self._device, self.kernels)
         import_weights(self._pieces, self._shape, self._place, files)
         self._replays = [RoutingReplay(piece) for piece in self._pieces] if config.learner.routing_replay else []
         self._wrapped = wrap_model(self._pieces)
@@ -115,8 +120,12 @@ class Policy:
         self._schedule(micros, partial(self._train_step, loss=loss), forward_only=False)
         for replay in self._replays:
             replay.forget()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.monotonic()
         grad_norm, finite = self._optimizer.step()
-        return UpdateResult(grad_norm=grad_norm, skipped=not finite, lr=self._optimizer.lr)
+        seconds = time.monotonic() - began
+        return UpdateResult(grad_norm=grad_norm, skipped=not finite, lr=self._optimizer.lr, optimizer_s=seconds)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face name and tensor of each weight that is this rank's to hand out; a tied output layer is left out.

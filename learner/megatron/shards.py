@@ -105,7 +105,8 @@ def _runs(parameter: Tensor, row: Conversion, place: Place) -> list[_Run]:
     columns = tuple(parameter.shape[-1:]) if is_matrix else ()
     share = row.part(place)
     runs: list[_Run] = []
-    for name, part, whole in zip(row.hugging_face, row.split(numbers), row.split(parameter.detach()), strict=True):
+    both = row.split(row.of(numbers)), row.split(row.of(parameter.detach()))
+    for name, part, whole in zip(row.hugging_face, *both, strict=True):
         rows = part.flatten().numpy()
         local = (len(rows), *columns)
         assert whole.shape == local, f"{row.megatron}: a conversion that does not move whole rows"

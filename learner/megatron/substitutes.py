@@ -4,14 +4,17 @@ from typing import Any
 
 import torch
 from megatron.core import optimizer
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.transformer.moe import moe_utils
+
+from learner.megatron.rotary import rotate_packed
 
 
 def substitute_transformer_engine() -> None:
     """Puts the substitutes in place; where TransformerEngine or Apex is installed, nothing changes."""
-    namespaces: list[Any] = [optimizer, distrib_optimizer, moe_utils]
-    adam, distributed_adam, experts = namespaces
+    namespaces: list[Any] = [optimizer, distrib_optimizer, moe_utils, rope_utils]
+    adam, distributed_adam, experts, rotary = namespaces
     if adam.USING_PYTORCH_OPTIMIZER:
         adam.Adam, adam.USING_PYTORCH_OPTIMIZER = FusedAdam, False
     if not distributed_adam.HAVE_APEX_OR_TE:
@@ -19,6 +22,8 @@ def substitute_transformer_engine() -> None:
         distributed_adam.HAVE_APEX_OR_TE = distributed_adam.USING_TE_OPTIMIZER = True
     if not hasattr(experts, "te_general_gemm"):  # a name that 0.16.1 reads without TransformerEngine, too
         experts.te_general_gemm = None
+    if rotary.fused_apply_rotary_pos_emb_thd is None or not torch.cuda.is_available():
+        rotary.fused_apply_rotary_pos_emb_thd = rotate_packed
 
 
 class FusedAdam(torch.optim.Optimizer):

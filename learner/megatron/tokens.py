@@ -8,9 +8,11 @@ that share tokens between matrices have as many each.
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.megatron.attention import PackedRuns, packed_runs
@@ -79,50 +81,55 @@ class Tokens:
 
 def shard_tokens(batch: PackedTokens, place: Place, device: torch.device) -> Tokens:
     """This rank's tokens of a batch, on the compute device."""
-    token_ids, starts = batch.token_ids, batch.sequence_starts.long()
+    token_ids, starts = batch.token_ids.numpy(), batch.sequence_starts.numpy().astype(np.int64)
     context = place.context
-    lengths = starts.diff()
+    lengths = np.diff(starts)
     padded = _padded(lengths, 2 * context.size if context.size > 1 else 1, place.tensor.size if place.sequence else 1)
-    padded_starts = torch.cat([padded.new_zeros(1), padded.cumsum(0)])
-    owner = torch.arange(len(lengths)).repeat_interleave(padded)
-    position = torch.arange(int(padded_starts[-1])) - padded_starts[owner]
-    index = starts[owner] + position.clamp(max=lengths[owner] - 1)
-    is_last = position >= lengths[owner] - 1
-    targets = token_ids[(index + 1).clamp(max=len(token_ids) - 1)].masked_fill(is_last, 0)
-    mine = _piece(padded, padded_starts, context.rank, context.size)
-    order = torch.cat([_piece(padded, padded_starts, rank, context.size) for rank in range(context.size)])
-    place_of = torch.empty_like(order)
-    place_of[order] = torch.arange(len(order))
-    own = torch.arange(len(lengths)).repeat_interleave(lengths)
-    at = torch.arange(len(token_ids)) - starts[own]
-    before = padded_starts[own] + (at - 1).clamp(min=0)
+    padded_starts = np.concatenate([[0], np.cumsum(padded)])
+    owner = np.repeat(np.arange(len(lengths)), padded)
+    position = np.arange(padded_starts[-1]) - padded_starts[owner]
+    index = starts[owner] + np.minimum(position, lengths[owner] - 1)
+    targets = token_ids[np.minimum(index + 1, len(token_ids) - 1)]
+    targets[position >= lengths[owner] - 1] = 0
+    own = np.repeat(np.arange(len(lengths)), lengths)
+    at = np.arange(len(token_ids)) - starts[own]
+    before = padded_starts[own] + np.maximum(at - 1, 0)
+    if context.size > 1:
+        order = np.concatenate([piece(padded_starts, rank, context.size) for rank in range(context.size)])
+        before = np.argsort(order)[before]
+    mine = piece(padded_starts, context.rank, context.size)
     return Tokens(
-        token_ids=token_ids[index[mine]].long().to(device),
-        position_ids=position[mine].to(device),
-        targets=targets[mine].long().to(device),
-        packed=packed_runs(padded_starts.int(), device),
-        micro_index=index[mine],
-        _found_at=place_of[before].to(device),
-        _is_first=(at == 0).to(device),
+        token_ids=torch.from_numpy(token_ids[index[mine]]).long().to(device),
+        position_ids=torch.from_numpy(position[mine]).to(device),
+        targets=torch.from_numpy(targets[mine]).long().to(device),
+        packed=packed_runs(torch.from_numpy(padded_starts).int(), device, context.size),
+        micro_index=torch.from_numpy(index[mine]),
+        _found_at=torch.from_numpy(before).to(device),
+        _is_first=torch.from_numpy(at == 0).to(device),
         _context=context,
         _sequence=place.tensor if place.sequence else None,
     )
 
 
-def _padded(lengths: Tensor, multiple: int, num_token_ranks: int) -> Tensor:
+def piece(starts: NDArray[np.int64], rank: int, size: int) -> NDArray[np.int64]:
+    """Where a context rank's tokens are among all, in its order.
+
+    Args:
+        starts: Where each sequence begins, and the end; lengths are multiples of 2·C where ranks share sequences.
+        rank: Of the context ranks.
+        size: They are as many, C.
+    """
+    if size == 1:
+        return np.arange(starts[-1])
+    half = np.diff(starts) // (2 * size)
+    counts = np.repeat(half, 2)
+    firsts = np.stack([starts[:-1] + rank * half, starts[:-1] + (2 * size - 1 - rank) * half], axis=1).ravel()
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) + np.repeat(firsts - (ends - counts), counts)
+
+
+def _padded(lengths: NDArray[np.int64], multiple: int, num_token_ranks: int) -> NDArray[np.int64]:
     """Lengths that are multiples, and whose sum is one of `multiple` times the ranks that share tokens."""
     padded = (lengths + multiple - 1) // multiple * multiple
-    step = multiple * num_token_ranks
-    padded[-1] += -int(padded.sum()) % step
+    padded[-1] += -int(padded.sum()) % (multiple * num_token_ranks)
     return padded
-
-
-def _piece(padded: Tensor, starts: Tensor, rank: int, size: int) -> Tensor:
-    """Where a context rank's tokens are among the padded ones, in its order."""
-    if size == 1:
-        return torch.arange(int(starts[-1]))
-    half = padded // (2 * size)
-    counts = torch.stack([half, half], dim=1).flatten()
-    firsts = torch.stack([starts[:-1] + rank * half, starts[:-1] + (2 * size - 1 - rank) * half], dim=1).flatten()
-    ends = counts.cumsum(0)
-    return torch.arange(int(ends[-1])) + (firsts - (ends - counts)).repeat_interleave(counts)

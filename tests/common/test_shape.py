@@ -7,8 +7,8 @@ import pytest
 
 from common.architectures import QWEN3, QWEN3_MOE
 from common.errors import ConfigError
-from common.learning import ParallelConfig
-from common.shape import ModelShape, check_division
+from common.learning import LearnerConfig, ParallelConfig
+from common.shape import ModelShape, check_division, check_experts
 
 DENSE: dict[str, Any] = {
     "architectures": [QWEN3],
@@ -72,3 +72,24 @@ def test_a_division_that_leaves_a_rest_is_refused(
 )
 def test_a_division_without_rest_passes(shape: dict[str, Any], parallel: dict[str, Any]) -> None:
     check_division(msgspec.convert(shape, ModelShape), msgspec.convert(parallel, ParallelConfig))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "message"),
+    [
+        ("bfloat16", {"moe_intermediate_size": 20}, "moe_intermediate_size / learner.parallel.expert_tensor = 10"),
+        ("float32", {"moe_intermediate_size": 20}, "expected a multiple of 4 there"),
+        (
+            "bfloat16",
+            {"hidden_size": 36},
+            "found bfloat16 with a model whose hidden_size = 36, expected a multiple of 8",
+        ),
+    ],
+)
+def test_experts_with_rows_of_broken_16_bytes_are_refused(dtype: str, sizes: dict[str, int], message: str) -> None:
+    learner = msgspec.convert({"dtype": dtype, "parallel": {"tensor": 2, "expert_tensor": 2}}, LearnerConfig)
+    with pytest.raises(ConfigError) as caught:
+        check_experts(msgspec.convert(MOE | sizes, ModelShape), learner)
+    assert message in str(caught.value)
+    check_experts(msgspec.convert(MOE | {"moe_intermediate_size": 32}, ModelShape), learner)
+    check_experts(msgspec.convert(DENSE | sizes, ModelShape), learner)

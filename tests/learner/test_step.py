@@ -1,6 +1,7 @@
 """A step on a policy of pairs of tokens: what it trains, what it counts, what it reports."""
 
 import math
+import time
 
 import msgspec
 import numpy as np
@@ -15,6 +16,7 @@ from common.learning import LearnerConfig, LossConfig, OptimizerConfig
 from common.sections import SamplingConfig
 from common.versions import Lineages, Version
 from learner.measures import Measures, add_up, summarize
+from learner.record import Stopwatch
 from learner.step import SkipLimit, train_step
 from tests.learner.plain import PlainPolicy
 
@@ -102,6 +104,21 @@ def group(rng: np.random.Generator, visit: int, num_tokens: int | None) -> wire.
 
 def step(config: Config = CONFIG, batch: tuple[wire.TrainingGroup, ...] | None = None) -> dict[str, float]:
     return train_step(policy(), batch or groups(), config, Version(0, 2), Lineages())
+
+
+def test_the_parts_of_a_step_are_timed() -> None:
+    watch = Stopwatch()
+    with watch("update"):
+        train_step(policy(), groups(), CONFIG, Version(0, 2), Lineages(), watch=watch)
+    for item in watch.each("export", iter([0.02, 0.03])):
+        time.sleep(0.02)
+        assert item in (0.02, 0.03)
+    times = watch.lap()
+    parts = [times[f"{part}_s"] for part in ("recompute", "forward_backward", "optimizer")]
+    assert min(parts[:2]) > 0
+    assert sum(parts) <= times["update_s"]
+    assert times["export_s"] < 0.02  # what the caller does with an item is not its making
+    assert set(watch.lap()) == {"seconds"}
 
 
 def test_buckets_of_staleness_and_length_add_up_to_the_whole() -> None:

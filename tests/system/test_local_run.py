@@ -15,7 +15,8 @@ from tests.system.conftest import Run
 SHORT = ("steps=6", "evaluation.every=3", "learner.checkpoint_every=3")
 STEP_KEYS = set(
     """
-    step steps lineage time seconds wait_s update_s publish_s checkpoint_s reward correct num_groups
+    step steps lineage time seconds wait_s update_s publish_s checkpoint_s recompute_s
+    forward_backward_s optimizer_s export_s reward correct num_groups
     num_completions num_masked num_tokens tokens_per_completion staleness_mean staleness_max loss grad_norm lr
     clip_fraction clip_fraction_low clip_fraction_high staleness_clip_fraction ratio_mean weight_mean weight_min
     weight_max staleness_ratio_min staleness_ratio_max clip_fraction_at_staleness_0 clip_fraction_at_length_q1
