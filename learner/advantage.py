@@ -10,10 +10,10 @@ EPSILON = 1e-6
 
 
 def group_advantages(
-    rewards: Float[Tensor, " group"],
-    graded: Bool[Tensor, " group"],
+    rewards: Float[Tensor, "*groups group"],
+    graded: Bool[Tensor, "*groups group"],
     kind: Literal["std", "mean", "leave_one_out"] = "std",
-) -> Float[Tensor, " group"]:
+) -> Float[Tensor, "*groups group"]:
     """How far each graded completion of a group is above its siblings; 0 for the others.
 
     Args:
@@ -22,19 +22,20 @@ def group_advantages(
         kind: `std`: (R - mean) / (sample std + 1e-6); `mean`: R - mean; `leave_one_out`: R - mean of the others.
 
     Returns:
-        float64. All zeros where fewer than two completions are graded: there is nothing to compare.
+        float64. All zeros for a group of which fewer than two are graded: there is nothing to compare.
 
     Source: `std`: GRPO, arXiv 2402.03300, section 4.1.2, with the sample standard deviation (n - 1). `mean`: Dr. GRPO,
     arXiv 2503.20783, section 3.2. `leave_one_out`: RLOO, arXiv 2402.14740, section 3.
     """
-    advantages = torch.zeros_like(rewards, dtype=torch.float64)
-    known = rewards[graded].double()
-    num = len(known)
-    if num >= 2:
-        centred = known - known.mean()
-        scale = {"std": 1 / (known.std() + EPSILON), "mean": 1.0, "leave_one_out": num / (num - 1)}[kind]
-        advantages[graded] = centred * scale
-    return advantages
+    num = graded.sum(-1, keepdim=True).double()
+    others = (num - 1).clamp(min=1)
+    known = torch.where(graded, rewards.double(), 0.0)
+    centred = torch.where(graded, known - known.sum(-1, keepdim=True) / num, 0.0)
+    if kind == "std":
+        centred /= (centred.square().sum(-1, keepdim=True) / others).sqrt() + EPSILON
+    elif kind == "leave_one_out":
+        centred *= num / others
+    return torch.where(num >= 2, centred, 0.0)
 
 
 def overlong_penalty(

@@ -1,7 +1,9 @@
 """A step's groups as packed micro-batches."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +17,7 @@ from learner.advantage import group_advantages, overlong_penalty
 from learner.packing import plan
 
 
-@dataclass(frozen=True)
-class Sequence:
+class Sequence(NamedTuple):
     """A prompt with one completion, ready to be packed.
 
     Attributes:
@@ -86,27 +87,60 @@ class MicroBatch:
         return torch.segment_reduce(self.response_mask.double(), "sum", lengths=self.lengths, unsafe=True)
 
 
-def group_sequences(
-    training: wire.TrainingGroup, config: Config, current: Version, lineages: Lineages, shuffled: np.random.Generator
-) -> list[Sequence]:
-    """The completions of a group that the loss counts: graded, and not masked for their length.
+def step_sequences(
+    groups: Iterable[wire.TrainingGroup],
+    config: Config,
+    current: Version,
+    lineages: Lineages,
+    shuffled: np.random.Generator,
+) -> list[list[Sequence]]:
+    """The completions of each group that the loss counts: graded, and not masked for their length.
 
     Args:
-        training: The scored group with its prompt.
+        groups: At least one, scored, with their prompts.
         config: Of the run.
         current: The learner's version.
         lineages: To tell staleness.
         shuffled: Permutes the rewards where `loss.shuffle_rewards` is set.
     """
-    scored = training.scored
-    graded = [grade.outcome.graded for grade in scored.grades]
-    rewards = torch.tensor([grade.reward for grade in scored.grades], dtype=torch.float64)
+    groups = tuple(groups)
+    graded = [[grade.outcome.graded for grade in training.scored.grades] for training in groups]
+    rewards = [_rewards(*pair, config, shuffled) for pair in zip(groups, graded, strict=True)]
+    advantages = group_advantages(
+        _padded(rewards, torch.float64), _padded(graded, torch.bool), config.loss.advantage
+    ).tolist()
+    staleness_of = partial(completion_staleness, current=current, lineages=lineages)
+    return [_sequences(*each, config, staleness_of) for each in zip(groups, graded, advantages, strict=True)]
+
+
+def _rewards(
+    training: wire.TrainingGroup, graded: list[bool], config: Config, shuffled: np.random.Generator
+) -> list[float]:
+    """Of a group's completions, less the penalty for their lengths."""
+    rewards = [grade.reward for grade in training.scored.grades]
     if config.loss.overlong_buffer:
-        rewards -= group_penalties(scored.group, config)
+        penalties = group_penalties(training.scored.group, config).tolist()
+        rewards = [reward - penalty for reward, penalty in zip(rewards, penalties, strict=True)]
     if config.loss.shuffle_rewards:
         known = np.flatnonzero(graded)
-        rewards[known] = rewards[shuffled.permutation(known)]
-    advantages = group_advantages(rewards, torch.tensor(graded), config.loss.advantage).tolist()
+        for place, drawn in zip(known, [rewards[i] for i in shuffled.permutation(known)], strict=True):
+            rewards[place] = drawn
+    return rewards
+
+
+def _padded(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:
+    """Rows of different lengths as one tensor, with zeros behind them."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=dtype)
+
+
+def _sequences(
+    training: wire.TrainingGroup,
+    graded: list[bool],
+    advantages: list[float],
+    config: Config,
+    staleness_of: Callable[[wire.Completion], int],
+) -> list[Sequence]:
     prompt = wire.ints(training.prompt.token_ids)
     return [
         Sequence(
@@ -114,10 +148,10 @@ def group_sequences(
             response=wire.ints(completion.token_ids),
             generator_logprobs=wire.floats(completion.logprobs),
             advantage=advantages[i],
-            staleness=completion_staleness(completion, current, lineages),
+            staleness=staleness_of(completion),
             routed_experts=_routed_experts(completion, len(prompt) + completion.num_tokens),
         )
-        for i, completion in enumerate(scored.group.completions)
+        for i, completion in enumerate(training.scored.group.completions)
         if graded[i] and not is_masked(completion, config)
     ]
 

@@ -18,10 +18,10 @@ from learner.batch import (
     Sequence,
     completion_staleness,
     group_penalties,
-    group_sequences,
     is_masked,
     pack,
     split_long,
+    step_sequences,
 )
 from learner.gspo import gspo_loss, proximal
 from learner.kl import kl_loss
@@ -55,7 +55,7 @@ def train_step(
     """
     shuffled = np.random.default_rng([config.seed, version.number])
     order = shuffled.permutation(len(groups))
-    sequences = [group_sequences(groups[i], config, version, lineages, shuffled) for i in order]
+    sequences = step_sequences((groups[i] for i in order), config, version, lineages, shuffled)
     per_update = len(groups) // config.updates_per_step
     updates: list[list[Sequence]] = [
         [s for group in sequences[at : at + per_update] for s in group] for at in range(0, len(groups), per_update)

@@ -132,13 +132,6 @@ class PackedAttention(MegatronModule):
         """Float[ranks, t, groups, channels]; the gradient of what others used comes back."""
         return gather_from_sequence_parallel_region(own, group=self._context.group).unflatten(0, (-1, len(own)))
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Nothing: it has no weights."""
-        del prefix, sharded_offsets, metadata
-        return {}
-
 
 def _in_order(pieces: Float[Tensor, "ranks sequences 2 piece groups channels"]) -> Tensor:
     """The pieces as whole sequences, heads before tokens: Float[sequences, groups, tokens, channels]."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
@@ -34,9 +33,8 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         assert config.moe_ffn_hidden_size is not None
         assert not config.moe_apply_probs_on_input
-        self._parts, self._shares = Share.of(pg_collection.expt_tp), Share.of(pg_collection.ep)
-        self._replica = Share.of(pg_collection.expt_dp).rank
-        hidden, width = config.hidden_size, config.moe_ffn_hidden_size // self._parts.size
+        parts = Share.of(pg_collection.expt_tp)
+        hidden, width = config.hidden_size, config.moe_ffn_hidden_size // parts.size
         self.gate_up = self._weight(num_local_experts, 2, width, hidden, dim=2)
         self.down = self._weight(num_local_experts, hidden, width, dim=2)
 
@@ -61,13 +59,6 @@ class GroupedExperts(MegatronModule):
             activated = _WeightedSwiglu.apply(gate_up, probs)
         return F.grouped_mm(activated, self.down.transpose(1, 2), offs=ends), None
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Both weights as parts of what all experts are together, so that another division can read them."""
-        del metadata
-        return {f"{prefix}{name}": self._sharded(f"{prefix}{name}", sharded_offsets) for name in ("gate_up", "down")}
-
     def backward_dw(self) -> None:
         """Nothing: the backward pass has all gradients."""
 
@@ -77,14 +68,6 @@ class GroupedExperts(MegatronModule):
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
         setattr(weight, "allreduce", self.config.expert_model_parallel_size == 1)  # noqa: B010
         return weight
-
-    def _sharded(self, key: str, offsets: Any) -> ShardedTensor:
-        weight = self.get_parameter(key.rpartition(".")[2])
-        first = len(offsets)
-        parts = (first + 2, self._parts.rank, self._parts.size)
-        experts = (first, self._shares.rank, self._shares.size)
-        options: dict[str, Any] = {"replica_id": (0, 0, self._replica), "prepend_axis_num": first}
-        return ShardedTensor.from_rank_offsets(key, weight, *offsets, experts, parts, **options)
 
 
 class _WeightedSwiglu(torch.autograd.Function):
@@ -101,8 +84,13 @@ class _WeightedSwiglu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate_up, probs = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate)
-        grad_probs = (activated * up * grad).sum(-1, dtype=probs.dtype)
-        grad = (grad * probs[:, None]).to(gate_up.dtype)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return torch.cat([grad_gate, activated.mul_(grad)], dim=-1), grad_probs
+        sigmoid = gate.float().sigmoid()
+        activated = gate * sigmoid
+        grad_probs = (activated * up).mul_(grad).sum(-1, dtype=probs.dtype)
+        weighted = grad * probs[:, None]
+        found = torch.empty_like(gate_up)
+        grad_gate, grad_up = found.chunk(2, dim=-1)
+        torch.mul(weighted, activated, out=grad_up)
+        slope = sigmoid.addcmul_(activated, 1 - sigmoid)
+        torch.mul(weighted.mul_(up), slope, out=grad_gate)
+        return found, grad_probs

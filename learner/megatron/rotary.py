@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from learner.megatron.tokens import piece
 
-_tables = WeakTensorKeyDictionary()  # cosines and sines of a micro-batch, as long as its description lives
+_tables = WeakTensorKeyDictionary()  # cosines and (-sin, sin) of a micro-batch, as long as its description lives
 
 
 def rotate_packed(
@@ -39,8 +39,10 @@ def rotate_packed(
         starts = cu_seqlens.cpu().numpy().astype(np.int64)
         index = piece(starts, cp_rank, cp_size)
         position = index - starts[np.searchsorted(starts, index, side="right") - 1]
-        angles = freqs[torch.from_numpy(position).to(freqs.device), 0, :, : freqs.shape[-1] // 2]
-        table = _tables[cu_seqlens] = (angles.cos().to(t.dtype), angles.sin().to(t.dtype))
+        angles = freqs[torch.from_numpy(position).to(freqs.device), 0]
+        sines = angles.sin()
+        sines[..., : sines.shape[-1] // 2].neg_()
+        table = _tables[cu_seqlens] = (angles.cos().to(t.dtype), sines.to(t.dtype))
     return _Rotation.apply(t, *table)  # type: ignore[no-any-return]
 
 
@@ -61,4 +63,4 @@ class _Rotation(torch.autograd.Function):
 
 def _rotated(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = t.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([second, first], dim=-1).mul_(sin).addcmul_(t, cos)

@@ -15,7 +15,7 @@ from common.learning import LossConfig
 from common.sections import SamplingConfig
 from common.versions import Lineages, Version
 from learner.advantage import group_advantages, overlong_penalty
-from learner.batch import Sequence, completion_staleness, group_sequences, pack, split_long
+from learner.batch import Sequence, completion_staleness, pack, split_long, step_sequences
 from learner.ledger.judgement import uniform_reason
 
 Kind = Literal["std", "mean", "leave_one_out"]
@@ -190,7 +190,8 @@ def test_what_failed_or_was_cut_is_kept_out_of_the_loss_as_configured() -> None:
     rng = np.random.default_rng(0)
 
     def lengths(config: Config) -> list[int]:
-        return [len(s.response) for s in group_sequences(training, config, Version(0, 1), Lineages(), rng)]
+        (sequences,) = step_sequences((training,), config, Version(0, 1), Lineages(), rng)
+        return [len(s.response) for s in sequences]
 
     assert lengths(Config()) == [3, 4, 6]
     assert lengths(Config(loss=LossConfig(truncated="mask"))) == [3, 6]
@@ -201,7 +202,7 @@ def test_long_answers_are_worth_less_but_correct_stays_correct() -> None:
     training = training_group([1.0] * 4, [wire.FinishReason.STOP] * 4)
     loss = LossConfig(overlong_buffer=2, overlong_factor=0.5, advantage="mean")
     config = Config(sampling=SamplingConfig(max_tokens=6), loss=loss)
-    sequences = group_sequences(training, config, Version(0, 0), Lineages(), np.random.default_rng(0))
+    (sequences,) = step_sequences((training,), config, Version(0, 0), Lineages(), np.random.default_rng(0))
     assert [s.advantage for s in sequences] == pytest.approx([0.1875, 0.1875, -0.0625, -0.3125])
     assert uniform_reason(training.scored.grades)
 
@@ -213,7 +214,7 @@ def test_shuffled_rewards_are_the_same_rewards_in_another_order() -> None:
     orders = {
         tuple(
             s.advantage > 0
-            for s in group_sequences(training, config, Version(0, 0), Lineages(), np.random.default_rng(seed))
+            for s in step_sequences((training,), config, Version(0, 0), Lineages(), np.random.default_rng(seed))[0]
         )
         for seed in range(8)
     }

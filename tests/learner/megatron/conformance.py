@@ -14,7 +14,7 @@ import torch.multiprocessing as processes
 from common import wire
 from common.config import Config
 from common.versions import Lineages, Version
-from learner.batch import completion_staleness, group_sequences
+from learner.batch import completion_staleness, step_sequences
 from learner.ranks import Ranks
 from learner.step import train_step
 from tests.learner.megatron import tiny
@@ -180,5 +180,5 @@ def staleness_of(batch: tuple[wire.TrainingGroup, ...]) -> set[int]:
 def mean_surrogate(model: Path) -> float:
     """The mean of |w s A|, with w and s as 1: what the loss is measured by."""
     shuffled = np.random.default_rng(0)
-    sequences = [s for g in groups(model) for s in group_sequences(g, config(model), VERSION, Lineages(), shuffled)]
-    return float(np.mean([abs(sequence.advantage) for sequence in sequences]))
+    sequences = step_sequences(groups(model), config(model), VERSION, Lineages(), shuffled)
+    return float(np.mean([abs(sequence.advantage) for group in sequences for sequence in group]))

@@ -52,16 +52,6 @@ def test_shares_stay_in_float32_beside_weights_in_bfloat16(tmp_path: Path) -> No
     torch.testing.assert_close(output.double(), _one_by_one(*wide, [3, 3, 3, 3]), rtol=0.03, atol=0.03)
 
 
-def test_a_checkpoint_holds_all_experts_under_one_key(experts: GroupedExperts) -> None:
-    layer_of_two = (0, 1, 2)
-    sharded = experts.sharded_state_dict("experts.", (layer_of_two,))
-    assert {key: tensor.global_shape for key, tensor in sharded.items()} == {
-        "experts.gate_up": (2, 4, 2, 24, 32),
-        "experts.down": (2, 4, 32, 24),
-    }
-    assert sharded["experts.down"].global_offset == (1, 0, 0, 0)
-
-
 def _one_by_one(hidden: Tensor, probs: Tensor, gate_up: Tensor, down: Tensor, rows: list[int]) -> Tensor:
     outputs: list[Tensor] = []
     for own, part, both, last in zip(hidden.split(rows), probs.split(rows), gate_up, down, strict=True):
