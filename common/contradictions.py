@@ -208,8 +208,8 @@ def _of_ranks(parallel: ParallelConfig) -> Contradictions:
         ),
         (
             experts > 1 and parallel.tensor > 1 and not parallel.sequence,
-            f"learner.parallel.sequence: found false with learner.parallel.tensor = {parallel.tensor} and shared "
-            "experts, expected true: tokens are exchanged between experts once, not by each tensor rank",
+            f"learner.parallel.sequence: found false with learner.parallel.tensor = {parallel.tensor} and experts "
+            "divided over ranks, expected true: tokens are exchanged between experts once, not by each tensor rank",
         ),
         (
             parallel.virtual_pipeline > 1 and parallel.pipeline == 1,
@@ -251,7 +251,7 @@ def _of_machines(config: "Config") -> Contradictions:
         (
             ranks > gpus > 0 and ranks % gpus != 0,
             f"learner.parallel: found {ranks} ranks, expected at most placement.gpus_per_node = {gpus} or a multiple "
-            "of it: each node of the learner has as many",
+            "of it: the learner's ranks fill whole nodes",
         ),
     ]
 

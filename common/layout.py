@@ -93,7 +93,8 @@ def _override(values: dict[str, Any], line: str) -> None:
     """Applies `section.key=value`; a value that is no TOML is a string, so that paths need no quotes."""
     key, equals, text = line.partition("=")
     if not equals or not re.fullmatch(r"\s*[\w-]+(\.[\w-]+)*\s*", key):
-        raise ConfigError(f"override {line!r}: expected section.key=value")
+        found = f"found the key {key!r}" if equals else "found no '='"
+        raise ConfigError(f"override {line!r}: {found}, expected key=value, such as steps=100 or optimizer.lr=3e-6")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -158,7 +159,7 @@ def _explain(error: msgspec.ValidationError, values: dict[str, Any], layout: Pat
     """The place and path of the key, the value that was found, and what was expected."""
     match = _PATH.match(str(error))
     assert match is not None
-    message, path = match[1], (match[2] or "").lstrip(".")
+    message, path = match[1].partition(", got ")[0], (match[2] or "").lstrip(".")
     found: Any = values
     hint: Any = Config
     for part in re.findall(r"[\w-]+", path):

@@ -134,7 +134,7 @@ def _sizes(made_for: str) -> Path:
     directory = SIZES / Path(made_for).name
     if not directory.is_dir():
         known = ", ".join(sorted(path.name for path in SIZES.iterdir()))
-        raise ConfigError(f"made_for: found {made_for!r}, expected the name of a model in {SIZES}: {known}")
+        raise ConfigError(f"made_for: found {made_for!r}, expected a model whose sizes are in launch/models: {known}")
     return directory
 
 

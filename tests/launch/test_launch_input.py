@@ -48,7 +48,7 @@ def assert_refused(cluster: Cluster, tmp_path: Path, arguments: Arguments, *frag
         ((*LAYOUT, 'data.train=[{path="x", rewrad="math"}]'), ("'data.train[].rewrad'", "'data.train[].reward'")),
         ((*LAYOUT, "loss.proximal=old"), ("found 'old', expected one of recompute, interpolate, generator",)),
         ((*LAYOUT, "optimizer.lr=-1"), ("optimizer.lr: found -1, expected float > 0.0",)),
-        ((*LAYOUT, "steps"), ("override 'steps': expected section.key=value",)),
+        ((*LAYOUT, "steps"), ("override 'steps': found no '=', expected key=value",)),
         ((*LAYOUT, "updates_per_step=3"), ("updates_per_step: found 3, expected a divisor of groups_per_step = 16",)),
         ((*LAYOUT, "sampling.temperature=0"), ("sampling.temperature: found 0, expected more",)),
         ((*LAYOUT, "model=somewhere"), ("model and data.train", "expected both or neither")),
