@@ -37,8 +37,6 @@ def run(config: Config) -> int:
     earlier = find_earlier(config, path)
     remove_abandoned(Path(config.weights.dir))
     shape = check_inputs(config)
-    for line in notices(config, shape):
-        display.notice(f"note: {line}")
     if not config.model:
         tiny = tiny_directory(config)
         build_once(tiny, config, display.notice)
@@ -48,6 +46,8 @@ def run(config: Config) -> int:
         display.notice("\n".join(resume_lines(earlier, config, path)))
         if is_complete(earlier, config):
             return 0
+    for line in notices(config, shape):
+        display.notice(f"note: {line}")
     directory = RunDirectory.claim(path, has_run=earlier is not None)
     weights = _prepare(config, directory, display)
     try:
