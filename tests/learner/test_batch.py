@@ -17,6 +17,7 @@ from common.versions import Lineages, Version
 from learner.advantage import group_advantages, overlong_penalty
 from learner.batch import Sequence, completion_staleness, pack, split_long, step_sequences
 from learner.ledger.judgement import uniform_reason
+from tests import groups
 
 Kind = Literal["std", "mean", "leave_one_out"]
 
@@ -141,13 +142,8 @@ def completion(
     spans: list[tuple[int, int, int]], reason: wire.FinishReason = wire.FinishReason.STOP
 ) -> wire.Completion:
     num = spans[-1][0]
-    return wire.Completion(
-        token_ids=wire.int_bytes(list(range(num))),
-        logprobs=wire.float_bytes([-0.1] * num),
-        versions=wire.span_bytes([wire.VersionSpan(end, Version(lineage, number)) for end, lineage, number in spans]),
-        finish_reason=reason,
-        seed=0,
-    )
+    versions = [wire.VersionSpan(end, Version(lineage, number)) for end, lineage, number in spans]
+    return groups.completion(list(range(num)), [-0.1] * num, versions, reason=reason)
 
 
 def test_a_completion_is_as_old_as_its_oldest_token() -> None:
@@ -164,24 +160,8 @@ def test_a_token_of_an_abandoned_lineage_is_older_than_its_number_says() -> None
 
 
 def training_group(rewards: list[float | None], reasons: list[wire.FinishReason]) -> wire.TrainingGroup:
-    completions = tuple(completion([(3 + i, 0, 0)], reason) for i, reason in enumerate(reasons))
-    grades = tuple(
-        wire.Grade(outcome=wire.Outcome.TIMEOUT, correct=0.0, reward=0.0)
-        if reward is None
-        else wire.Grade(outcome=wire.Outcome.CORRECT if reward else wire.Outcome.WRONG, correct=reward, reward=reward)
-        for reward in rewards
-    )
-    prompt = wire.Prompt(id="set:1", source="set", token_ids=wire.int_bytes([4, 5]), answer="7", reward="exact")
-    group = wire.Group(
-        key=wire.LeaseKey(1, 1),
-        generator="generator-0",
-        prompt_id=prompt.id,
-        answer=prompt.answer,
-        reward=prompt.reward,
-        completions=completions,
-        seconds=0.1,
-    )
-    return wire.TrainingGroup(prompt=prompt, scored=wire.ScoredGroup(group=group, grades=grades, verifier="verifier-0"))
+    completions = [completion([(3 + i, 0, 0)], reason) for i, reason in enumerate(reasons)]
+    return groups.training_group([4, 5], completions, map(groups.grade, rewards))
 
 
 def test_what_failed_or_was_cut_is_kept_out_of_the_loss_as_configured() -> None:
