@@ -6,7 +6,7 @@ that share tokens between matrices have as many each.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -82,9 +82,56 @@ class Tokens:
 def shard_tokens(batch: PackedTokens, place: Place, device: torch.device) -> Tokens:
     """This rank's tokens of a batch, on the compute device."""
     token_ids, starts = batch.token_ids.numpy(), batch.sequence_starts.numpy().astype(np.int64)
-    context = place.context
+    context, sequence = place.context, place.tensor if place.sequence else None
+    is_whole = context.size == 1 and sequence is None
+    found = _whole(token_ids, starts) if is_whole else _divided(token_ids, starts, context, sequence)
+    return Tokens(
+        token_ids=torch.from_numpy(token_ids[found.micro_index]).long().to(device),
+        position_ids=torch.from_numpy(found.position).to(device),
+        targets=torch.from_numpy(found.targets).long().to(device),
+        packed=packed_runs(torch.from_numpy(found.padded_starts).int(), device, context.size),
+        micro_index=torch.from_numpy(found.micro_index),
+        _found_at=torch.from_numpy(found.before).to(device),
+        _is_first=torch.from_numpy(found.is_first).to(device),
+        _context=context,
+        _sequence=sequence,
+    )
+
+
+class _Found(NamedTuple):
+    """What `Tokens` is made of: t tokens of this rank, T of the batch.
+
+    Attributes:
+        micro_index: Which token of the batch each is, [t].
+        position: Of each in its sequence, [t].
+        targets: The token after each, [t]; 0 where it is of no interest.
+        padded_starts: Where each sequence begins with its padding, and the end.
+        before: Where the token before each token of the batch is among those of all ranks, [T].
+        is_first: Whether it is the first of its sequence, [T].
+    """
+
+    micro_index: NDArray[np.int64]
+    position: NDArray[np.int64]
+    targets: NDArray[np.int32]
+    padded_starts: NDArray[np.int64]
+    before: NDArray[np.int64]
+    is_first: NDArray[np.bool_]
+
+
+def _whole(token_ids: NDArray[np.int32], starts: NDArray[np.int64]) -> _Found:
+    """Where no ranks share tokens: what `_divided` would find, in a quarter of its time."""
+    index = np.arange(len(token_ids))
+    position = index - np.repeat(starts[:-1], np.diff(starts))
+    targets = np.zeros_like(token_ids)
+    targets[:-1] = token_ids[1:]
+    targets[starts[1:] - 1] = 0
+    return _Found(index, position, targets, starts, np.maximum(index - 1, 0), position == 0)
+
+
+def _divided(token_ids: NDArray[np.int32], starts: NDArray[np.int64], context: Share, sequence: Share | None) -> _Found:
     lengths = np.diff(starts)
-    padded = _padded(lengths, 2 * context.size if context.size > 1 else 1, place.tensor.size if place.sequence else 1)
+    multiple = 2 * context.size if context.size > 1 else 1
+    padded = _padded(lengths, multiple, 1 if sequence is None else sequence.size)
     padded_starts = np.concatenate([[0], np.cumsum(padded)])
     owner = np.repeat(np.arange(len(lengths)), padded)
     position = np.arange(padded_starts[-1]) - padded_starts[owner]
@@ -98,17 +145,7 @@ def shard_tokens(batch: PackedTokens, place: Place, device: torch.device) -> Tok
         order = np.concatenate([piece(padded_starts, rank, context.size) for rank in range(context.size)])
         before = np.argsort(order)[before]
     mine = piece(padded_starts, context.rank, context.size)
-    return Tokens(
-        token_ids=torch.from_numpy(token_ids[index[mine]]).long().to(device),
-        position_ids=torch.from_numpy(position[mine]).to(device),
-        targets=torch.from_numpy(targets[mine]).long().to(device),
-        packed=packed_runs(torch.from_numpy(padded_starts).int(), device, context.size),
-        micro_index=torch.from_numpy(index[mine]),
-        _found_at=torch.from_numpy(before).to(device),
-        _is_first=torch.from_numpy(at == 0).to(device),
-        _context=context,
-        _sequence=place.tensor if place.sequence else None,
-    )
+    return _Found(index[mine], position[mine], targets[mine], padded_starts, before, at == 0)
 
 
 def piece(starts: NDArray[np.int64], rank: int, size: int) -> NDArray[np.int64]:

@@ -13,8 +13,6 @@ from common.versions import Version
 from common.vision import declare_vision_operators
 from launch import tiny
 from tests.groups import completion, grade, training_group
-from tests.groups import completion, grade, training_group
-from tests.groups import completion, grade, training_group
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM

@@ -16,8 +16,6 @@ from learner.megatron.policy import Policy
 from learner.megatron.tokens import shard_tokens
 from learner.trainable import BatchShare, Loss, UpdateResult
 from tests.groups import completion, grade, training_group
-from tests.groups import completion, grade, training_group
-from tests.groups import completion, grade, training_group
 from tests.learner.megatron import tiny
 
 PROMPT_TOKENS = 6
