@@ -23,7 +23,7 @@ from learner.batch import (
     split_long,
     step_sequences,
 )
-from learner.gspo import gspo_loss, proximal
+from learner.gspo import gspo_loss, outside_trust_region, proximal
 from learner.kl import kl_loss
 from learner.measures import Measures, add_up, measure, summarize
 from learner.record import Stopwatch
@@ -98,7 +98,7 @@ class _Step:
         self._at_start: dict[int, Tensor] = {}
 
     def run(self) -> None:
-        """Makes the updates; the proximal logprobs of all but the first, and the reference's, are taken before it."""
+        """Makes the updates; the logprobs at the start of the step, and the reference's, are taken before them."""
         with self._watch("recompute"):
             self._recompute()
         for update in self._updates:
@@ -115,26 +115,39 @@ class _Step:
         every = [micro for update in self._updates for micro in update.micros]
         if self._config.loss.kl_coefficient > 0 and every:
             self._reference = _of_each(every, self._policy.reference_logprobs(every))
-        later = [micro for update in self._updates[1:] for micro in update.micros]
-        if self._config.loss.proximal == "recompute" and later:
-            self._at_start = _of_each(later, self._policy.logprobs(later))
+        # of the first update as few as may be: it trains on its own logprobs, and tells how far these are from them
+        firsts = [micro for update in self._updates[:1] for micro in update.micros[: self._policy.share.multiple]]
+        chosen = firsts + [micro for update in self._updates[1:] for micro in update.micros]
+        if self._config.loss.proximal == "recompute" and chosen:
+            self._at_start = _of_each(chosen, self._policy.logprobs(chosen))
 
     def _update(self, update: _Update) -> None:
-        num, unmoved = update.num_completions, not self._results
+        num, unmoved = update.num_completions, all(result.skipped for result in self._results)
 
         def loss(micro: MicroBatch, learner: Float[Tensor, " tokens"], entropy: Float[Tensor, " tokens"]) -> Tensor:
-            centre = proximal(micro, learner, self._at_start.get(id(micro)), self._config.loss)
+            at_start = None if unmoved else self._at_start.get(id(micro))
+            centre = proximal(micro, learner, at_start, self._config.loss)
             value, stats = gspo_loss(micro, learner, centre, num, self._config.loss)
             kl = self._kl(micro, learner, num)
             if kl is not None:
                 value = value + self._config.loss.kl_coefficient * kl
             if self._policy.share.speaks:
                 total, divergence = _total(value, num), _total(kl, num)
-                measured = measure(micro, stats, total, divergence, learner.detach(), entropy, unmoved=unmoved)
-                self._measured.append(measured)
+                noise = self._noise(micro, learner.detach()) if unmoved else None
+                self._measured.append(measure(micro, stats, total, divergence, learner.detach(), entropy, noise))
             return value
 
         self._results.append(self._policy.update(update.micros, loss))
+
+    def _noise(self, micro: MicroBatch, learner: Tensor) -> Tensor | None:
+        """Where s is outside the clip before any update of the step; None where no other forward pass tells.
+
+        With `recompute` that is the learner's own other pass, and not the one that the update trains on.
+        """
+        loss, at_start = self._config.loss, self._at_start.get(id(micro))
+        if loss.proximal == "recompute" and at_start is None:
+            return None
+        return outside_trust_region(micro, learner, proximal(micro, learner, at_start, loss), loss)
 
     def _kl(self, micro: MicroBatch, learner: Tensor, num_completions: int) -> Tensor | None:
         """The micro-batch's share of the divergence from the reference; None where there is none."""

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -15,9 +16,11 @@ from common.errors import StallError
 from common.learning import LearnerConfig, LossConfig, OptimizerConfig
 from common.sections import SamplingConfig
 from common.versions import Lineages, Version
+from learner.batch import MicroBatch
 from learner.measures import Measures, add_up, summarize
 from learner.record import Stopwatch
 from learner.step import SkipLimit, train_step
+from learner.trainable import BatchShare, Loss, UpdateResult
 from tests.learner.plain import PlainPolicy
 
 VOCAB = 12
@@ -150,6 +153,48 @@ def test_the_first_update_of_a_step_is_inside_every_clip() -> None:
 def test_before_any_update_of_the_step_no_ratio_is_outside_the_clip() -> None:
     assert step()["noise_floor"] == 0
     assert step()["clip_fraction"] > 0
+
+
+class _TwoPasses(PlainPolicy):
+    """One whose forward pass without gradient is not the one that it learns from."""
+
+    def __init__(self, off_by: float) -> None:
+        super().__init__(policy().model, lr=0.05)
+        self.share = BatchShare(multiple=2)
+        self.num_asked = self.num_skipped = 0
+        self._off_by = off_by
+
+    def logprobs(self, micros: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        self.num_asked += len(micros)
+        return [logprobs + self._off_by for logprobs in super().logprobs(micros)]
+
+
+class _SkipsTheFirst(_TwoPasses):
+    def update(self, micros: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
+        factor = math.nan if self.num_skipped == 0 else 1.0
+        result = super().update(micros, lambda *given: factor * loss(*given))
+        self.num_skipped += result.skipped
+        return result
+
+
+@pytest.mark.parametrize(("off_by", "floor"), [(5.0, 1), (-5.0, 1), (-0.0035, 0), (0.0035, 1), (0.0, 0)])
+def test_the_noise_floor_is_what_two_forward_passes_are_apart(off_by: float, floor: float) -> None:
+    config = msgspec.structs.replace(CONFIG, updates_per_step=1, learner=LearnerConfig(max_tokens_per_microbatch=24))
+    different = _TwoPasses(off_by)
+    metrics = train_step(different, groups(), config, Version(0, 2), Lineages())
+    assert metrics["noise_floor"] == floor
+    assert metrics["ratio_mean"] == 1  # it is trained on the pass that it learns from
+    assert metrics["clip_fraction"] == 0
+    assert different.num_asked == 2  # of many micro-batches: the fewest that a pipeline takes
+
+
+def test_an_update_that_was_skipped_moved_nothing() -> None:
+    config = msgspec.structs.replace(CONFIG, updates_per_step=2)
+    different = _SkipsTheFirst(5.0)
+    metrics = train_step(different, groups(), config, Version(0, 2), Lineages())
+    assert different.num_skipped == metrics["skipped_updates"] == 1
+    assert metrics["ratio_mean"] == 1
+    assert metrics["noise_floor"] == 1
 
 
 def test_against_the_generator_the_noise_floor_is_what_no_update_did() -> None:
@@ -285,7 +330,7 @@ def test_the_first_update_is_at_the_reference_and_the_next_is_not() -> None:
 def test_measures_of_parts_are_those_of_the_whole_and_nothing_is_nan() -> None:
     nothing = summarize(add_up([]), 8, 0.1)
     assert all(math.isnan(value) for name, value in nothing.items() if name != "num_tokens")
-    some = Measures(torch.ones(2, 10, dtype=torch.float64), torch.ones(7, dtype=torch.float64), torch.arange(2048))
+    some = Measures(torch.ones(2, 9, dtype=torch.float64), torch.ones(7, dtype=torch.float64), torch.arange(2048))
     twice = summarize(some + some, 8, 0.1)
     assert {n: v for n, v in twice.items() if n != "num_tokens" and not math.isnan(v)} == {
         n: v for n, v in summarize(some, 8, 0.1).items() if n != "num_tokens" and not math.isnan(v)
