@@ -157,11 +157,12 @@ class _Step:
     def metrics(self, gather: Gather) -> dict[str, float]:
         """The step's numbers, over all of its updates and ranks; NaN where nothing was trained."""
         measured = add_up([Measures.from_bytes(part) for part in gather(add_up(self._measured).to_bytes())])
-        skipped = self._num_empty + sum(result.skipped for result in self._results)
+        nonfinite = sum(result.skipped for result in self._results)
         norms = [result.grad_norm for result in self._results]
         return {
             **summarize(measured, self._config.sampling.max_tokens, self._config.loss.kl_coefficient),
-            "skipped_updates": float(skipped),
+            "skipped_updates": float(self._num_empty + nonfinite),
+            "nonfinite_updates": float(nonfinite),
             "grad_norm": float(np.mean(norms)) if norms else float("nan"),
             "lr": self._results[-1].lr if self._results else float("nan"),
         }
@@ -178,7 +179,7 @@ def _of_each(micros: list[MicroBatch], found: list[Tensor]) -> dict[int, Tensor]
 
 
 class SkipLimit:
-    """Stops a run whose steps change nothing."""
+    """Stops a run whose steps do not train what they should."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -188,14 +189,18 @@ class SkipLimit:
         """Takes note of a step.
 
         Raises:
-            StallError: It is the last of `optimizer.max_skipped_steps` in a row that made no update.
+            StallError: It is the last of `optimizer.max_skipped_steps` in a row in which a gradient was no finite
+                number, were it of one update among many, or no update was made.
         """
         nothing = metrics["skipped_updates"] == self._config.updates_per_step
-        self._num_in_a_row = self._num_in_a_row + 1 if nothing else 0
+        bad = nothing or metrics["nonfinite_updates"] > 0
+        self._num_in_a_row = self._num_in_a_row + 1 if bad else 0
         if self._num_in_a_row >= (limit := self._config.optimizer.max_skipped_steps):
             raise StallError(
-                f"found {self._num_in_a_row} steps in a row that changed nothing (gradient norm "
-                f"{metrics['grad_norm']:g}), expected fewer than optimizer.max_skipped_steps = {limit}"
+                f"found {self._num_in_a_row} steps in a row with a gradient that is no finite number, or without any "
+                f"update (of the last one's {self._config.updates_per_step} updates {metrics['skipped_updates']:g} "
+                f"were skipped, {metrics['nonfinite_updates']:g} for their gradients), expected fewer than "
+                f"optimizer.max_skipped_steps = {limit}"
             )
 
 

@@ -8,7 +8,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from common import wire
 from common.config import Config
@@ -22,21 +21,7 @@ from learner.record import Stopwatch
 from learner.step import SkipLimit, train_step
 from learner.trainable import BatchShare, Loss, UpdateResult
 from tests.learner.plain import PlainPolicy
-
-VOCAB = 12
-CONFIG = Config(
-    groups_per_step=8,
-    group_size=4,
-    updates_per_step=4,
-    sampling=SamplingConfig(max_tokens=8),
-    loss=LossConfig(clip_low=3e-3, clip_high=4e-3),
-)
-
-
-def policy(seed: int = 0) -> PlainPolicy:
-    torch.manual_seed(seed)
-    pairs = nn.Embedding(VOCAB, VOCAB)
-    return PlainPolicy(pairs, lr=0.05)
+from tests.learner.steps import CONFIG, VOCAB, groups, policy, step
 
 
 def _moved_policy() -> PlainPolicy:
@@ -64,49 +49,6 @@ def _all_wrong() -> tuple[wire.TrainingGroup, ...]:
     wrong = wire.Grade(outcome=wire.Outcome.WRONG, correct=0.0, reward=0.0)
     replace = msgspec.structs.replace
     return tuple(replace(t, scored=replace(t.scored, grades=(wrong,) * 4)) for t in groups())
-
-
-def groups(num: int = 8, *, num_tokens: int | None = None) -> tuple[wire.TrainingGroup, ...]:
-    """Completions of 1 to 8 tokens, sampled under version 0, right where their last token is even."""
-    rng = np.random.default_rng(0)
-    return tuple(group(rng, visit, num_tokens) for visit in range(num))
-
-
-def group(rng: np.random.Generator, visit: int, num_tokens: int | None) -> wire.TrainingGroup:
-    completions, grades = [], []
-    for i in range(4):
-        tokens = rng.integers(0, VOCAB, num_tokens or rng.integers(1, 9), dtype=np.int32)
-        logprobs = np.full(len(tokens), -2.0, np.float32)
-        spans = [wire.VersionSpan(len(tokens), Version(0, visit % 3))]
-        completions.append(
-            wire.Completion(
-                token_ids=wire.int_bytes(tokens),
-                logprobs=wire.float_bytes(logprobs),
-                versions=wire.span_bytes(spans),
-                finish_reason=wire.FinishReason.STOP,
-                seed=i,
-            )
-        )
-        right = float(tokens[-1] % 2 == 0)
-        outcome = wire.Outcome.CORRECT if right else wire.Outcome.WRONG
-        grades.append(wire.Grade(outcome=outcome, correct=right, reward=right))
-    prompt = wire.Prompt(id="set:1", source="set", token_ids=wire.int_bytes([4, 5]), answer="7", reward="exact")
-    made = wire.Group(
-        key=wire.LeaseKey(visit, 1),
-        generator="generator-0",
-        prompt_id=prompt.id,
-        answer=prompt.answer,
-        reward=prompt.reward,
-        completions=tuple(completions),
-        seconds=0.1,
-    )
-    return wire.TrainingGroup(
-        prompt=prompt, scored=wire.ScoredGroup(group=made, grades=tuple(grades), verifier="verifier-0")
-    )
-
-
-def step(config: Config = CONFIG, batch: tuple[wire.TrainingGroup, ...] | None = None) -> dict[str, float]:
-    return train_step(policy(), batch or groups(), config, Version(0, 2), Lineages())
 
 
 def test_the_parts_of_a_step_are_timed() -> None:
@@ -268,6 +210,7 @@ def test_what_is_too_long_is_left_out_and_counted() -> None:
     everything = step(config, groups(num_tokens=8))
     assert everything["num_rejected"] == 32
     assert everything["skipped_updates"] == 4
+    assert everything["nonfinite_updates"] == 0
     assert math.isnan(everything["loss"])
 
 
@@ -292,8 +235,21 @@ def test_updates_that_are_no_numbers_end_the_run_after_so_many_steps() -> None:
     assert good["skipped_updates"] == 0
     for metrics in (bad, good, bad):
         limit.count(metrics)
-    with pytest.raises(StallError, match=r"found 2 steps in a row that changed nothing .*max_skipped_steps = 2"):
+    with pytest.raises(StallError, match=r"found 2 steps in a row .*max_skipped_steps = 2"):
         limit.count(bad)
+
+
+def test_one_update_without_a_number_counts_and_one_without_completions_does_not() -> None:
+    config = msgspec.structs.replace(CONFIG, optimizer=OptimizerConfig(max_skipped_steps=2))
+    one_bad = train_step(_SkipsTheFirst(0.0), groups(), CONFIG, Version(0, 2), Lineages())
+    assert (one_bad["skipped_updates"], one_bad["nonfinite_updates"]) == (1, 1)
+    limit = SkipLimit(config)
+    one_empty = one_bad | {"nonfinite_updates": 0.0}
+    all_empty = one_empty | {"skipped_updates": 4.0}
+    for metrics in (one_bad, one_empty, one_bad, one_empty, all_empty):
+        limit.count(metrics)
+    with pytest.raises(StallError, match=r"of the last one's 4 updates 1 were skipped, 1 for their gradients"):
+        limit.count(one_bad)
 
 
 def test_the_divergence_from_the_reference_is_in_the_loss_and_in_the_metrics() -> None:
