@@ -29,7 +29,7 @@ def substitute_transformer_engine() -> None:
 class FusedAdam(torch.optim.Optimizer):
     """AdamW in the form of TransformerEngine's: the step counter is the group's, the state two float32 moments.
 
-    Megatron-core's distributed optimizer can save and load its state only in this form.
+    Megatron-core's distributed optimizer keeps its state in this form.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from common import wire
 from common.versions import Version
 from common.vision import declare_vision_operators
 from launch import tiny
+from tests.groups import completion, grade, training_group
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
@@ -79,40 +80,19 @@ def _sample(model: nn.Module, pairs: list[tiny.Pair], rng: torch.Generator) -> t
 
 def _group(pair: tiny.Pair, answers: Tensor, logprobs: Tensor, number: int, visit: int) -> wire.TrainingGroup:
     tokens = [_cut(row) for row in answers]
-    completions = tuple(
-        wire.Completion(
-            token_ids=wire.int_bytes(row),
-            logprobs=wire.float_bytes(values[: len(row)].numpy()),
-            versions=wire.span_bytes([wire.VersionSpan(len(row), Version(0, number))]),
-            finish_reason=wire.FinishReason.STOP if row[-1] == tiny.EOS else wire.FinishReason.LENGTH,
+    completions = [
+        completion(
+            row,
+            values[: len(row)].numpy(),
+            Version(0, number),
             seed=i,
+            reason=wire.FinishReason.STOP if row[-1] == tiny.EOS else wire.FinishReason.LENGTH,
         )
         for i, (row, values) in enumerate(zip(tokens, logprobs, strict=True))
-    )
-    prompt = wire.Prompt(
-        id=pair.prompt,
-        source="addition",
-        token_ids=wire.int_bytes([_IDS[character] for character in pair.prompt]),
-        answer=pair.answer,
-        reward="exact",
-    )
-    group = wire.Group(
-        key=wire.LeaseKey(visit, 1),
-        generator="generator-0",
-        prompt_id=prompt.id,
-        answer=prompt.answer,
-        reward=prompt.reward,
-        completions=completions,
-        seconds=0.0,
-    )
-    grades = tuple(_grade(pair, row) for row in tokens)
-    return wire.TrainingGroup(prompt=prompt, scored=wire.ScoredGroup(group=group, grades=grades, verifier="verifier-0"))
-
-
-def _grade(pair: tiny.Pair, tokens: list[int]) -> wire.Grade:
-    right = _is_right(pair, tokens)
-    outcome = wire.Outcome.CORRECT if right else wire.Outcome.WRONG
-    return wire.Grade(outcome=outcome, correct=float(right), reward=float(right))
+    ]
+    prompt = [_IDS[character] for character in pair.prompt]
+    grades = [grade(float(_is_right(pair, row))) for row in tokens]
+    return training_group(prompt, completions, grades, visit=visit, name=pair.prompt, answer=pair.answer)
 
 
 def _is_right(pair: tiny.Pair, tokens: list[int]) -> bool:

@@ -15,6 +15,7 @@ from learner.batch import MicroBatch
 from learner.megatron.policy import Policy
 from learner.megatron.tokens import shard_tokens
 from learner.trainable import BatchShare, Loss, UpdateResult
+from tests.groups import completion, grade, training_group
 from tests.learner.megatron import tiny
 
 PROMPT_TOKENS = 6
@@ -96,26 +97,6 @@ def _group(rng: np.random.Generator, visit: int, size: int, version: Version) ->
     completions: list[wire.Completion] = []
     for seed in range(size):
         tokens = rng.integers(1, tiny.VOCAB, rng.integers(2, 5), dtype=np.int32)
-        completion = wire.Completion(
-            token_ids=wire.int_bytes(tokens),
-            logprobs=wire.float_bytes(-4 * rng.random(len(tokens), dtype=np.float32)),
-            versions=wire.span_bytes([wire.VersionSpan(len(tokens), version)]),
-            finish_reason=wire.FinishReason.STOP,
-            seed=seed,
-        )
-        completions.append(completion)
-    right = wire.Grade(outcome=wire.Outcome.CORRECT, correct=1.0, reward=1.0)
-    wrong = wire.Grade(outcome=wire.Outcome.WRONG, correct=0.0, reward=0.0)
-    prompt = rng.integers(1, tiny.VOCAB, PROMPT_TOKENS, dtype=np.int32)
-    asked = wire.Prompt(id="set:1", source="set", token_ids=wire.int_bytes(prompt), answer="7", reward="exact")
-    made = wire.Group(
-        key=wire.LeaseKey(visit, 1),
-        generator="generator-0",
-        prompt_id=asked.id,
-        answer=asked.answer,
-        reward=asked.reward,
-        completions=tuple(completions),
-        seconds=0.1,
-    )
-    grades = tuple(right if rng.random() < 0.5 else wrong for _ in completions)
-    return wire.TrainingGroup(prompt=asked, scored=wire.ScoredGroup(group=made, grades=grades, verifier="verifier-0"))
+        completions.append(completion(tokens, -4 * rng.random(len(tokens), dtype=np.float32), version, seed=seed))
+    grades = [grade(float(rng.random() < 0.5)) for _ in completions]
+    return training_group(rng.integers(1, tiny.VOCAB, PROMPT_TOKENS), completions, grades, visit=visit)
