@@ -5,7 +5,6 @@ does not know which kernels wrote it.
 """
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from common.errors import ConfigError
 from learner.megatron.attention import PackedAttention, RMSNorm
 from learner.megatron.offload import standard_adam
+from learner.megatron.substitutes import has_engine
 
-_OLDEST_ENGINE = (2, 1)
 _DETERMINISM = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 _PROVIDERS = {"transformer_engine": "TransformerEngine", "apex": "Apex"}
 
@@ -27,7 +26,7 @@ class Installed(NamedTuple):
 
     Attributes:
         cuda: Whether torch has a GPU.
-        transformer_engine: Its version's first two numbers; None where it is not installed.
+        transformer_engine: Whether it is, 2.1 or newer.
         apex_gradients: Whether Apex's `fused_weight_gradient_mlp_cuda` is.
         triton: Whether torch can compile for the GPU.
         adam: The package of the AdamW that Megatron found for itself; any other than these two is torch's.
@@ -35,7 +34,7 @@ class Installed(NamedTuple):
     """
 
     cuda: bool
-    transformer_engine: tuple[int, int] | None
+    transformer_engine: bool
     apex_gradients: bool
     triton: bool
     adam: str
@@ -58,16 +57,11 @@ class Kernels(NamedTuple):
 
 def installed() -> Installed:
     """What this process finds."""
-    try:
-        major, minor, *_ = version("transformer_engine").split(".")
-        engine = (int(major), int(minor))
-    except PackageNotFoundError:
-        engine = None
     apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
     product: Any = getattr(moe_utils, "te_general_gemm", None)
     return Installed(
         cuda=torch.cuda.is_available(),
-        transformer_engine=engine,
+        transformer_engine=has_engine(),
         apex_gradients=apex,
         triton=find_spec("triton") is not None,
         adam=standard_adam().__module__.partition(".")[0],
@@ -78,10 +72,10 @@ def installed() -> Installed:
 def choose(there: Installed, dtype: torch.dtype, *, adam_on_host: bool) -> Kernels:
     """TransformerEngine's where it is installed and there is a GPU, else torch's own.
 
-    One that is older than 2.1 counts as not installed, but for the router's product and AdamW, which Megatron takes by
-    itself wherever it finds them. TransformerEngine has no fast attention in float32, so torch's is taken there.
+    The router's product and AdamW are those that Megatron takes by itself. TransformerEngine has no fast attention in
+    float32, so torch's is taken there.
     """
-    engine = there.cuda and there.transformer_engine is not None and there.transformer_engine >= _OLDEST_ENGINE
+    engine = there.cuda and there.transformer_engine
     ours, theirs = "torch", "TransformerEngine"
     return Kernels(
         core_attention=theirs if engine and dtype is torch.bfloat16 else "torch SDPA",

@@ -46,6 +46,7 @@ def test_a_run_ends_by_itself_and_writes_what_it_promises(start_run: Callable[..
     _check_files(run)
     _check_checkpoint(Path(summary["checkpoint"]))
     assert "step 6/6: reward" in run.output()
+    assert "the learner's kernels: core attention torch SDPA, norm torch," in run.output()
     assert str(summary["checkpoint"]) in run.output()
 
 

@@ -16,14 +16,15 @@ from learner.megatron.experts import GroupedExperts
 from learner.megatron.kernels import Installed, Kernels, choose, core_attention, installed
 from learner.megatron.model import layer_spec, transformer_config
 from learner.megatron.policy import Policy
+from learner.megatron.substitutes import has_engine
 from tests.learner.megatron import tiny
 
 NOTHING = Installed(
-    cuda=False, transformer_engine=None, apex_gradients=False, triton=False, adam="learner", router_product=False
+    cuda=False, transformer_engine=False, apex_gradients=False, triton=False, adam="learner", router_product=False
 )
 GPU = NOTHING._replace(cuda=True, triton=True)
-ENGINE = GPU._replace(transformer_engine=(2, 8), apex_gradients=True, adam="transformer_engine", router_product=True)
-OLD_ENGINE = GPU._replace(transformer_engine=(2, 0), adam="transformer_engine")
+ENGINE = GPU._replace(transformer_engine=True, apex_gradients=True, adam="transformer_engine", router_product=True)
+OLD_ENGINE = GPU._replace(adam="transformer_engine")
 OURS = Kernels("torch SDPA", *["torch"] * 7)
 THEIRS = Kernels(*["TransformerEngine"] * 4, "torch compiled", "Apex", *["TransformerEngine"] * 2)
 _DETERMINISM = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
@@ -33,12 +34,11 @@ _DETERMINISM = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
     ("there", "dtype", "expected"),
     [
         (NOTHING, torch.bfloat16, OURS),
-        (NOTHING._replace(transformer_engine=(2, 8), apex_gradients=True), torch.bfloat16, OURS),
+        (NOTHING._replace(transformer_engine=True, apex_gradients=True), torch.bfloat16, OURS),
         (GPU, torch.bfloat16, OURS._replace(swiglu="torch compiled")),
         (GPU._replace(triton=False), torch.bfloat16, OURS),
         (GPU._replace(adam="apex"), torch.bfloat16, OURS._replace(swiglu="torch compiled", adam="Apex")),
         (ENGINE, torch.bfloat16, THEIRS),
-        (ENGINE._replace(transformer_engine=(2, 1)), torch.bfloat16, THEIRS),
         (ENGINE, torch.float32, THEIRS._replace(core_attention="torch SDPA")),
         (OLD_ENGINE, torch.bfloat16, OURS._replace(swiglu="torch compiled", adam="TransformerEngine")),
     ],
@@ -46,6 +46,20 @@ _DETERMINISM = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 def test_kernels_are_what_is_installed(there: Installed, dtype: torch.dtype, expected: Kernels) -> None:
     assert choose(there, dtype, adam_on_host=False) == expected
     assert choose(there, dtype, adam_on_host=True) == expected._replace(adam="torch")
+
+
+@pytest.mark.parametrize(
+    ("version", "enough"), [("1.13.0", False), ("2.0", False), ("2.1.0", True), ("2.8.0+cu13", True)]
+)
+def test_an_engine_that_is_too_old_counts_as_none(
+    version: str, enough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not has_engine()
+    described = tmp_path / f"transformer_engine-{version}.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformer_engine\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert has_engine() is enough
 
 
 def test_without_a_gpu_all_kernels_are_torchs() -> None:
