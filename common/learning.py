@@ -59,8 +59,8 @@ class OptimizerConfig(Section):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled.
         clip_norm: Largest global gradient norm.
-        max_skipped_steps: The run stops after so many steps in a row that changed nothing: no gradient was a finite
-            number, or there was no completion to train on.
+        max_skipped_steps: The run stops after so many steps in a row in which a gradient was no finite number, were it
+            that of one update among many, or which had no completion to train on.
     """
 
     lr: Positive = 1e-6

@@ -7,6 +7,11 @@ from typing import TextIO
 
 import structlog
 
+from common.files import append_lines
+
+LEARNER = "learner-0"  # the first rank's name
+KERNELS = "kernels"  # its event that tells people what the model is made of
+
 
 def start_logging(role: str, run_dir: Path | None, *, name: str = "", terminal: bool = False) -> None:
     """Binds the role to every event and sends events to `RUN/logs/NAME.jsonl`, or to stderr.
@@ -21,7 +26,7 @@ def start_logging(role: str, run_dir: Path | None, *, name: str = "", terminal: 
     if run_dir is not None and not terminal:
         path = run_dir / "logs" / f"{name or role}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("a", buffering=1)
+        stream = append_lines(path)
     renderer = structlog.dev.ConsoleRenderer(colors=False) if terminal else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[

@@ -40,7 +40,11 @@ class MetricsWriter:
 
 def read_metrics(run_dir: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
     """The whole rows from byte `offset` on, each with the offset after it; an unfinished last line is left."""
-    path = run_dir / METRICS
+    yield from read_rows(run_dir / METRICS, offset)
+
+
+def read_rows(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """The same of any file of JSON lines; none where there is no file."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from common.log import KERNELS
 from launch.progress import Progress, Row, number
 
 _POLL_S = 0.5
@@ -55,10 +56,9 @@ class Display:
         rows = progress.read()
         if live is not None:
             live.update(render(progress), refresh=True)
-        else:
-            for row in rows:
-                if text := describe(row, progress.num_steps):
-                    self.notice(text)
+        for row in rows:
+            if (live is None or row["kind"] == KERNELS) and (text := describe(row, progress.num_steps)):
+                self.notice(text)
 
 
 def render(progress: Progress) -> RenderableType:
@@ -86,6 +86,9 @@ def describe(row: Row, num_steps: int) -> str:
     """A row in one line; empty for rows that are not for people."""
     if row["kind"] == "evaluation":
         return f"step {row['step']}: held-out accuracy {number(row, 'accuracy'):.3f} ({row['source']})"
+    if row["kind"] == KERNELS:
+        chosen = (f"{kernel.replace('_', ' ')} {provider}" for kernel, provider in row["chosen"].items())
+        return f"the learner's kernels: {', '.join(chosen)}"
     if row["kind"] != "step":
         return ""
     idle = ", ".join(f"{role} {_share(row, role)}" for role in _RATES)

@@ -1,9 +1,10 @@
-"""How far a run is, from the rows of its metrics as they come."""
+"""How far a run is, from the rows of its metrics and its learner's log as they come."""
 
 from pathlib import Path
 from typing import Any
 
-from common.metrics import read_metrics
+from common.log import KERNELS, LEARNER
+from common.metrics import read_metrics, read_rows
 
 Row = dict[str, Any]
 _RECENT = 20
@@ -23,12 +24,12 @@ class Progress:
         self.newest: Row = {}
         self.accuracy: dict[str, float] = {}
         self._run_dir = run_dir
-        self._offset = 0
+        self._offset = self._log_offset = 0
         self._seconds: list[float] = []
 
     def read(self) -> list[Row]:
-        """The rows that are new."""
-        rows: list[Row] = []
+        """The rows that are new, those of the learner's log that are for people before the others."""
+        rows = self._read_log()
         for row, offset in read_metrics(self._run_dir, self._offset):
             self._offset = offset
             rows.append(row)
@@ -37,6 +38,14 @@ class Progress:
                 self._seconds = [*self._seconds, number(row, "seconds")][-_RECENT:]
             elif row["kind"] == "evaluation":
                 self.accuracy[str(row["source"])] = number(row, "accuracy")
+        return rows
+
+    def _read_log(self) -> list[Row]:
+        rows: list[Row] = []
+        for event, offset in read_rows(self._run_dir / "logs" / f"{LEARNER}.jsonl", self._log_offset):
+            self._log_offset = offset
+            if event["event"] == KERNELS:
+                rows.append({"kind": KERNELS, "chosen": event["chosen"]})
         return rows
 
     @property

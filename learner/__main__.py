@@ -9,7 +9,7 @@ from threading import Event
 
 from common.errors import exit_on_error
 from common.layout import read_resolved
-from common.log import logger, start_logging
+from common.log import KERNELS, logger, start_logging
 from common.process import die_with_parent, log_ready
 
 
@@ -33,7 +33,7 @@ def main() -> None:
 
     policy, ranks = Policy(config), Ranks()
     if ranks.is_first:
-        logger().info("kernels", **policy.kernels._asdict())
+        logger().info(KERNELS, chosen=policy.kernels._asdict())
     with ExitStack() as closing:
         link = None
         if ranks.is_first:

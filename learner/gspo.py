@@ -32,7 +32,6 @@ class LossStats:
         clipped_low: Where the trust region's lower clip took the gradient away, Bool[S].
         clipped_high: The same of the upper clip, Bool[S].
         staleness_clipped: Where the staleness clip took the gradient away, Bool[S].
-        outside: Where s is outside the trust region, whatever became of the gradient, Bool[S].
     """
 
     log_ratio: Tensor
@@ -41,7 +40,6 @@ class LossStats:
     clipped_low: Tensor
     clipped_high: Tensor
     staleness_clipped: Tensor
-    outside: Tensor
 
 
 def gspo_loss(
@@ -81,7 +79,6 @@ def gspo_loss(
         clipped_low=binds & (advantages < 0),
         clipped_high=binds & (advantages > 0),
         staleness_clipped=staleness_clipped & micro.loss_mask,
-        outside=micro.loss_mask & ((ratio < low) | (ratio > high)).detach(),
     )
     return loss, stats
 
@@ -97,7 +94,7 @@ def proximal(
     Args:
         micro: The packed completions.
         learner_logprobs: Under the weights being updated.
-        at_step_start: Under the weights at the start of the step; None in the first update, where they are the same.
+        at_step_start: Under the weights at the start of the step; None where they are still the same.
         config: `recompute`, `interpolate` (a mixture that needs no second forward pass: the generator's share is
             1 / max(1, staleness)), or `generator`.
     """
@@ -108,6 +105,18 @@ def proximal(
         share = 1.0 / micro.staleness.clamp(min=1).double()
         return torch.lerp(learner.double(), micro.generator_logprobs.double(), share[micro.sequence_of_token])
     return learner if at_step_start is None else at_step_start
+
+
+def outside_trust_region(
+    micro: MicroBatch,
+    learner_logprobs: Float[Tensor, " tokens"],
+    centre_logprobs: Float[Tensor, " tokens"],
+    config: LossConfig,
+) -> Bool[Tensor, " sequences"]:
+    """Where s is outside the clip, whatever becomes of the gradient; a ratio that is no number is."""
+    ratio = response_mean(response_difference(learner_logprobs, centre_logprobs, micro), micro).exp()
+    low, high = trust_region(micro.staleness, config)
+    return ~((low <= ratio) & (ratio <= high))
 
 
 def staleness_weight(

@@ -19,7 +19,7 @@ STALENESS_BUCKETS = ("0", "1", "2_3", "4_7", "8_15", "16_up")
 LENGTH_BUCKETS = ("q1", "q2", "q3", "q4")
 _COLUMNS = (
     *("length", "staleness", "log_ratio", "log_staleness_ratio", "weight"),
-    *("low", "high", "staleness_clipped", "outside", "unmoved"),
+    *("low", "high", "staleness_clipped", "noise"),
 )
 _TOTALS = ("loss", "kl", "tokens", "response_tokens", "entropy", "difference", "k3")
 _SMALLEST, _LARGEST, _NUM_BINS = -8.0, 2.0, 2048  # decades of a logprob difference; a bin is 1.1 % wide
@@ -77,8 +77,7 @@ def measure(
     kl: float,
     learner_logprobs: Float[Tensor, " tokens"],
     entropy: Float[Tensor, " tokens"],
-    *,
-    unmoved: bool,
+    noise: Bool[Tensor, " sequences"] | None,
 ) -> Measures:
     """What one micro-batch adds.
 
@@ -89,13 +88,15 @@ def measure(
         kl: The same of their divergences from the reference, NaN where there is none.
         learner_logprobs: Detached.
         entropy: Of each token's distribution.
-        unmoved: Whether no update of the step was made before.
+        noise: Where the ratio is outside the trust region although no update of the step was made; None where one was,
+            or where nothing tells.
     """
     counted = micro.loss_mask
+    unknown = torch.full(counted.shape, torch.nan, dtype=torch.float64)
     columns = (
         *(micro.response_lengths, micro.staleness, stats.log_ratio, stats.log_staleness_ratio, stats.weight),
         *(stats.clipped_low, stats.clipped_high, stats.staleness_clipped),
-        *(stats.outside, torch.full_like(stats.outside, unmoved)),
+        unknown if noise is None else noise,
     )
     tokens = micro.response_mask & counted[micro.sequence_of_token]
     difference = (learner_logprobs.double() - micro.generator_logprobs.double())[tokens]
@@ -126,7 +127,7 @@ def summarize(measures: Measures, max_tokens: int, kl_coefficient: float) -> dic
     num, num_tokens = len(measures.completions), measures.total("response_tokens")
     weight, rho = measures.column("weight"), measures.column("log_staleness_ratio").exp()
     low, high = measures.column("low"), measures.column("high")
-    taught = weight[weight > 0]
+    taught, noise = weight[weight > 0], measures.column("noise")
     shares = {"clip_fraction": low + high, "staleness_clip_fraction": measures.column("staleness_clipped")}
     return {
         "num_tokens": measures.total("tokens"),
@@ -136,7 +137,7 @@ def summarize(measures: Measures, max_tokens: int, kl_coefficient: float) -> dic
         "clip_fraction_low": _mean(low),
         "clip_fraction_high": _mean(high),
         **{name: _mean(values) for name, values in shares.items()},
-        "noise_floor": _mean(measures.column("outside")[measures.column("unmoved") > 0]),
+        "noise_floor": _mean(noise[~noise.isnan()]),
         **_by_bucket(measures, shares, max_tokens),
         "ratio_mean": _mean(measures.column("log_ratio").exp()),
         "weight_mean": _mean(weight),

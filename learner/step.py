@@ -23,7 +23,7 @@ from learner.batch import (
     split_long,
     step_sequences,
 )
-from learner.gspo import gspo_loss, proximal
+from learner.gspo import gspo_loss, outside_trust_region, proximal
 from learner.kl import kl_loss
 from learner.measures import Measures, add_up, measure, summarize
 from learner.record import Stopwatch
@@ -98,7 +98,7 @@ class _Step:
         self._at_start: dict[int, Tensor] = {}
 
     def run(self) -> None:
-        """Makes the updates; the proximal logprobs of all but the first, and the reference's, are taken before it."""
+        """Makes the updates; the logprobs at the start of the step, and the reference's, are taken before them."""
         with self._watch("recompute"):
             self._recompute()
         for update in self._updates:
@@ -115,26 +115,39 @@ class _Step:
         every = [micro for update in self._updates for micro in update.micros]
         if self._config.loss.kl_coefficient > 0 and every:
             self._reference = _of_each(every, self._policy.reference_logprobs(every))
-        later = [micro for update in self._updates[1:] for micro in update.micros]
-        if self._config.loss.proximal == "recompute" and later:
-            self._at_start = _of_each(later, self._policy.logprobs(later))
+        # of the first update as few as may be: it trains on its own logprobs, and tells how far these are from them
+        firsts = [micro for update in self._updates[:1] for micro in update.micros[: self._policy.share.multiple]]
+        chosen = firsts + [micro for update in self._updates[1:] for micro in update.micros]
+        if self._config.loss.proximal == "recompute" and chosen:
+            self._at_start = _of_each(chosen, self._policy.logprobs(chosen))
 
     def _update(self, update: _Update) -> None:
-        num, unmoved = update.num_completions, not self._results
+        num, unmoved = update.num_completions, all(result.skipped for result in self._results)
 
         def loss(micro: MicroBatch, learner: Float[Tensor, " tokens"], entropy: Float[Tensor, " tokens"]) -> Tensor:
-            centre = proximal(micro, learner, self._at_start.get(id(micro)), self._config.loss)
+            at_start = None if unmoved else self._at_start.get(id(micro))
+            centre = proximal(micro, learner, at_start, self._config.loss)
             value, stats = gspo_loss(micro, learner, centre, num, self._config.loss)
             kl = self._kl(micro, learner, num)
             if kl is not None:
                 value = value + self._config.loss.kl_coefficient * kl
             if self._policy.share.speaks:
                 total, divergence = _total(value, num), _total(kl, num)
-                measured = measure(micro, stats, total, divergence, learner.detach(), entropy, unmoved=unmoved)
-                self._measured.append(measured)
+                noise = self._noise(micro, learner.detach()) if unmoved else None
+                self._measured.append(measure(micro, stats, total, divergence, learner.detach(), entropy, noise))
             return value
 
         self._results.append(self._policy.update(update.micros, loss))
+
+    def _noise(self, micro: MicroBatch, learner: Tensor) -> Tensor | None:
+        """Where s is outside the clip before any update of the step; None where no other forward pass tells.
+
+        With `recompute` that is the learner's own other pass, and not the one that the update trains on.
+        """
+        loss, at_start = self._config.loss, self._at_start.get(id(micro))
+        if loss.proximal == "recompute" and at_start is None:
+            return None
+        return outside_trust_region(micro, learner, proximal(micro, learner, at_start, loss), loss)
 
     def _kl(self, micro: MicroBatch, learner: Tensor, num_completions: int) -> Tensor | None:
         """The micro-batch's share of the divergence from the reference; None where there is none."""
@@ -144,11 +157,12 @@ class _Step:
     def metrics(self, gather: Gather) -> dict[str, float]:
         """The step's numbers, over all of its updates and ranks; NaN where nothing was trained."""
         measured = add_up([Measures.from_bytes(part) for part in gather(add_up(self._measured).to_bytes())])
-        skipped = self._num_empty + sum(result.skipped for result in self._results)
+        nonfinite = sum(result.skipped for result in self._results)
         norms = [result.grad_norm for result in self._results]
         return {
             **summarize(measured, self._config.sampling.max_tokens, self._config.loss.kl_coefficient),
-            "skipped_updates": float(skipped),
+            "skipped_updates": float(self._num_empty + nonfinite),
+            "nonfinite_updates": float(nonfinite),
             "grad_norm": float(np.mean(norms)) if norms else float("nan"),
             "lr": self._results[-1].lr if self._results else float("nan"),
         }
@@ -165,7 +179,7 @@ def _of_each(micros: list[MicroBatch], found: list[Tensor]) -> dict[int, Tensor]
 
 
 class SkipLimit:
-    """Stops a run whose steps change nothing."""
+    """Stops a run whose steps do not train what they should."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -175,14 +189,18 @@ class SkipLimit:
         """Takes note of a step.
 
         Raises:
-            StallError: It is the last of `optimizer.max_skipped_steps` in a row that made no update.
+            StallError: It is the last of `optimizer.max_skipped_steps` in a row in which a gradient was no finite
+                number, were it of one update among many, or no update was made.
         """
         nothing = metrics["skipped_updates"] == self._config.updates_per_step
-        self._num_in_a_row = self._num_in_a_row + 1 if nothing else 0
+        bad = nothing or metrics["nonfinite_updates"] > 0
+        self._num_in_a_row = self._num_in_a_row + 1 if bad else 0
         if self._num_in_a_row >= (limit := self._config.optimizer.max_skipped_steps):
             raise StallError(
-                f"found {self._num_in_a_row} steps in a row that changed nothing (gradient norm "
-                f"{metrics['grad_norm']:g}), expected fewer than optimizer.max_skipped_steps = {limit}"
+                f"found {self._num_in_a_row} steps in a row with a gradient that is no finite number, or without any "
+                f"update (of the last one's {self._config.updates_per_step} updates {metrics['skipped_updates']:g} "
+                f"were skipped, {metrics['nonfinite_updates']:g} for their gradients), expected fewer than "
+                f"optimizer.max_skipped_steps = {limit}"
             )
 
 

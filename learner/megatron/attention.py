@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import causal_lower_right
 
 from learner.megatron.parallel import Share
 
@@ -123,7 +124,7 @@ class PackedAttention(MegatronModule):
         for i, number in enumerate((rank, 2 * ranks - 1 - rank)):
             q = query.unflatten(0, (run.num_sequences, 2, piece))[:, i].transpose(1, 2)
             seen = (number + 1) * piece
-            mask = torch.ones(piece, seen, dtype=torch.bool, device=q.device).tril(seen - piece)
+            mask: Any = causal_lower_right(piece, seen)  # a boolean one would rule the flash kernel out
             options: dict[str, Any] = {"attn_mask": mask, "scale": self._scale, "enable_gqa": True}
             outputs.append(F.scaled_dot_product_attention(q, k[:, :, :seen], v[:, :, :seen], **options).transpose(1, 2))
         return torch.stack(outputs, dim=1).flatten(0, 2)

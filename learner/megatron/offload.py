@@ -16,6 +16,11 @@ def choose_adam(*, on_host: bool) -> None:
         namespace.Adam = HostAdam if on_host else _STANDARD[namespace.__name__]
 
 
+def standard_adam() -> type:
+    """The AdamW there is."""
+    return _STANDARD[optimizer.__name__]
+
+
 class HostAdam(FusedAdam):
     """AdamW bit for bit as `FusedAdam`, with its two float32 moments on the host.
 
@@ -32,12 +37,6 @@ class HostAdam(FusedAdam):
                 name: torch.zeros(param.shape, dtype=torch.float32, pin_memory=pinned)
                 for name in ("exp_avg", "exp_avg_sq")
             }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the groups alone: Megatron writes into the moments afterwards, and torch would move them to the GPU."""
-        moments = dict(self.state)
-        super().load_state_dict({**state_dict, "state": {}})
-        self.state.update(moments)
 
     def _step_group(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
         for param in params:

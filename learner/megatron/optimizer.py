@@ -124,10 +124,7 @@ class Optimizer:
 
 
 def learning_rates(config: Config, megatron: Any) -> OptimizerParamScheduler:
-    """The learning rate of each update: the last of the warm-up has `lr`; the final share is reached after the last.
-
-    What a checkpoint says of the schedule, but for how far it is, gives way to the configuration.
-    """
+    """The learning rate of each update: the last of the warm-up has `lr`; the final share is reached after the last."""
     options = config.optimizer
     warmup = round((options.warmup_steps or options.warmup_share * config.steps) * config.updates_per_step)
     num_updates = config.steps * config.updates_per_step
@@ -143,6 +140,4 @@ def learning_rates(config: Config, megatron: Any) -> OptimizerParamScheduler:
         end_wd=options.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
     )

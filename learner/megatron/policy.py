@@ -66,7 +66,7 @@ class Policy:
         self._device = parallel.compute_device()
         self._temperature = config.sampling.temperature
         dtype = torch.bfloat16 if config.learner.dtype == "bfloat16" else torch.float32
-        self.kernels = choose(installed(), dtype)
+        self.kernels = choose(installed(), dtype, adam_on_host=config.learner.offload_optimizer)
         self._pieces = build_model(self._shape, config.learner, dtype, self._device, self.kernels)
         import_weights(self._pieces, self._shape, self._place, files)
         self._replays = [RoutingReplay(piece) for piece in self._pieces] if config.learner.routing_replay else []

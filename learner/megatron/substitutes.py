@@ -1,5 +1,6 @@
 """What Megatron-core takes from TransformerEngine, for where that is not installed: on a CPU always."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -10,9 +11,20 @@ from megatron.core.transformer.moe import moe_utils
 
 from learner.megatron.rotary import rotate_packed
 
+_OLDEST_ENGINE = (2, 1)
+
+
+def has_engine() -> bool:
+    """Whether TransformerEngine is installed, and not too old."""
+    try:
+        major, minor, *_ = version("transformer_engine").split(".")
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= _OLDEST_ENGINE
+
 
 def substitute_transformer_engine() -> None:
-    """Puts the substitutes in place; where TransformerEngine or Apex is installed, nothing changes."""
+    """Puts the substitutes in place; where TransformerEngine is installed, or Apex for AdamW, nothing changes."""
     namespaces: list[Any] = [optimizer, distrib_optimizer, moe_utils, rope_utils]
     adam, distributed_adam, experts, rotary = namespaces
     if adam.USING_PYTORCH_OPTIMIZER:
@@ -22,14 +34,14 @@ def substitute_transformer_engine() -> None:
         distributed_adam.HAVE_APEX_OR_TE = distributed_adam.USING_TE_OPTIMIZER = True
     if not hasattr(experts, "te_general_gemm"):  # a name that 0.16.1 reads without TransformerEngine, too
         experts.te_general_gemm = None
-    if rotary.fused_apply_rotary_pos_emb_thd is None or not torch.cuda.is_available():
+    if rotary.fused_apply_rotary_pos_emb_thd is None or not (has_engine() and torch.cuda.is_available()):
         rotary.fused_apply_rotary_pos_emb_thd = rotate_packed
 
 
 class FusedAdam(torch.optim.Optimizer):
     """AdamW in the form of TransformerEngine's: the step counter is the group's, the state two float32 moments.
 
-    Megatron-core's distributed optimizer can save and load its state only in this form.
+    Megatron-core's distributed optimizer keeps its state in this form.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
+import asyncio
 import io
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,31 @@ def test_a_step_is_one_line_where_there_is_no_terminal() -> None:
     assert "idle: learner 40%, generator 10%, verifier 90%, ledger ?" in line
     assert describe(evaluation_row(10, 0.5), 60) == "step 10: held-out accuracy 0.500 (addition)"
     assert describe({"kind": "end"}, 60) == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_choice_of_kernels_is_a_line_for_people(tmp_path: Path, terminal: bool) -> None:
+    log = tmp_path / "logs" / "learner-0.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"event": "kernels", "chosen": {"norm": "torch"}}\n')
+    progress = Progress(tmp_path, 10)
+    progress.read()  # of an earlier run
+    console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None, width=100)
+
+    async def follow() -> None:
+        following = asyncio.create_task(Display(console).follow(progress))
+        await asyncio.sleep(0)
+        with log.open("a") as file:
+            file.write('{"event": "kernels", "chosen": {"core_attention": "torch SDPA", "adam": "torch"}}\n')
+            file.write('{"event": "ready"}\n{"event": "ker')
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+    asyncio.run(follow())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.findall(r"the learner's kernels: .*?$", shown, re.MULTILINE) == [
+        "the learner's kernels: core attention torch SDPA, adam torch"
+    ]
 
 
 def test_a_terminal_shows_progress_and_each_role(run_dir: Path) -> None:

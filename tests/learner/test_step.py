@@ -2,12 +2,12 @@
 
 import math
 import time
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from common import wire
 from common.config import Config
@@ -15,25 +15,13 @@ from common.errors import StallError
 from common.learning import LearnerConfig, LossConfig, OptimizerConfig
 from common.sections import SamplingConfig
 from common.versions import Lineages, Version
+from learner.batch import MicroBatch
 from learner.measures import Measures, add_up, summarize
 from learner.record import Stopwatch
 from learner.step import SkipLimit, train_step
+from learner.trainable import BatchShare, Loss, UpdateResult
 from tests.learner.plain import PlainPolicy
-
-VOCAB = 12
-CONFIG = Config(
-    groups_per_step=8,
-    group_size=4,
-    updates_per_step=4,
-    sampling=SamplingConfig(max_tokens=8),
-    loss=LossConfig(clip_low=3e-3, clip_high=4e-3),
-)
-
-
-def policy(seed: int = 0) -> PlainPolicy:
-    torch.manual_seed(seed)
-    pairs = nn.Embedding(VOCAB, VOCAB)
-    return PlainPolicy(pairs, lr=0.05)
+from tests.learner.steps import CONFIG, VOCAB, groups, policy, step
 
 
 def _moved_policy() -> PlainPolicy:
@@ -61,49 +49,6 @@ def _all_wrong() -> tuple[wire.TrainingGroup, ...]:
     wrong = wire.Grade(outcome=wire.Outcome.WRONG, correct=0.0, reward=0.0)
     replace = msgspec.structs.replace
     return tuple(replace(t, scored=replace(t.scored, grades=(wrong,) * 4)) for t in groups())
-
-
-def groups(num: int = 8, *, num_tokens: int | None = None) -> tuple[wire.TrainingGroup, ...]:
-    """Completions of 1 to 8 tokens, sampled under version 0, right where their last token is even."""
-    rng = np.random.default_rng(0)
-    return tuple(group(rng, visit, num_tokens) for visit in range(num))
-
-
-def group(rng: np.random.Generator, visit: int, num_tokens: int | None) -> wire.TrainingGroup:
-    completions, grades = [], []
-    for i in range(4):
-        tokens = rng.integers(0, VOCAB, num_tokens or rng.integers(1, 9), dtype=np.int32)
-        logprobs = np.full(len(tokens), -2.0, np.float32)
-        spans = [wire.VersionSpan(len(tokens), Version(0, visit % 3))]
-        completions.append(
-            wire.Completion(
-                token_ids=wire.int_bytes(tokens),
-                logprobs=wire.float_bytes(logprobs),
-                versions=wire.span_bytes(spans),
-                finish_reason=wire.FinishReason.STOP,
-                seed=i,
-            )
-        )
-        right = float(tokens[-1] % 2 == 0)
-        outcome = wire.Outcome.CORRECT if right else wire.Outcome.WRONG
-        grades.append(wire.Grade(outcome=outcome, correct=right, reward=right))
-    prompt = wire.Prompt(id="set:1", source="set", token_ids=wire.int_bytes([4, 5]), answer="7", reward="exact")
-    made = wire.Group(
-        key=wire.LeaseKey(visit, 1),
-        generator="generator-0",
-        prompt_id=prompt.id,
-        answer=prompt.answer,
-        reward=prompt.reward,
-        completions=tuple(completions),
-        seconds=0.1,
-    )
-    return wire.TrainingGroup(
-        prompt=prompt, scored=wire.ScoredGroup(group=made, grades=tuple(grades), verifier="verifier-0")
-    )
-
-
-def step(config: Config = CONFIG, batch: tuple[wire.TrainingGroup, ...] | None = None) -> dict[str, float]:
-    return train_step(policy(), batch or groups(), config, Version(0, 2), Lineages())
 
 
 def test_the_parts_of_a_step_are_timed() -> None:
@@ -150,6 +95,48 @@ def test_the_first_update_of_a_step_is_inside_every_clip() -> None:
 def test_before_any_update_of_the_step_no_ratio_is_outside_the_clip() -> None:
     assert step()["noise_floor"] == 0
     assert step()["clip_fraction"] > 0
+
+
+class _TwoPasses(PlainPolicy):
+    """One whose forward pass without gradient is not the one that it learns from."""
+
+    def __init__(self, off_by: float) -> None:
+        super().__init__(policy().model, lr=0.05)
+        self.share = BatchShare(multiple=2)
+        self.num_asked = self.num_skipped = 0
+        self._off_by = off_by
+
+    def logprobs(self, micros: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        self.num_asked += len(micros)
+        return [logprobs + self._off_by for logprobs in super().logprobs(micros)]
+
+
+class _SkipsTheFirst(_TwoPasses):
+    def update(self, micros: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
+        factor = math.nan if self.num_skipped == 0 else 1.0
+        result = super().update(micros, lambda *given: factor * loss(*given))
+        self.num_skipped += result.skipped
+        return result
+
+
+@pytest.mark.parametrize(("off_by", "floor"), [(5.0, 1), (-5.0, 1), (-0.0035, 0), (0.0035, 1), (0.0, 0)])
+def test_the_noise_floor_is_what_two_forward_passes_are_apart(off_by: float, floor: float) -> None:
+    config = msgspec.structs.replace(CONFIG, updates_per_step=1, learner=LearnerConfig(max_tokens_per_microbatch=24))
+    different = _TwoPasses(off_by)
+    metrics = train_step(different, groups(), config, Version(0, 2), Lineages())
+    assert metrics["noise_floor"] == floor
+    assert metrics["ratio_mean"] == 1  # it is trained on the pass that it learns from
+    assert metrics["clip_fraction"] == 0
+    assert different.num_asked == 2  # of many micro-batches: the fewest that a pipeline takes
+
+
+def test_an_update_that_was_skipped_moved_nothing() -> None:
+    config = msgspec.structs.replace(CONFIG, updates_per_step=2)
+    different = _SkipsTheFirst(5.0)
+    metrics = train_step(different, groups(), config, Version(0, 2), Lineages())
+    assert different.num_skipped == metrics["skipped_updates"] == 1
+    assert metrics["ratio_mean"] == 1
+    assert metrics["noise_floor"] == 1
 
 
 def test_against_the_generator_the_noise_floor_is_what_no_update_did() -> None:
@@ -223,6 +210,7 @@ def test_what_is_too_long_is_left_out_and_counted() -> None:
     everything = step(config, groups(num_tokens=8))
     assert everything["num_rejected"] == 32
     assert everything["skipped_updates"] == 4
+    assert everything["nonfinite_updates"] == 0
     assert math.isnan(everything["loss"])
 
 
@@ -247,8 +235,21 @@ def test_updates_that_are_no_numbers_end_the_run_after_so_many_steps() -> None:
     assert good["skipped_updates"] == 0
     for metrics in (bad, good, bad):
         limit.count(metrics)
-    with pytest.raises(StallError, match=r"found 2 steps in a row that changed nothing .*max_skipped_steps = 2"):
+    with pytest.raises(StallError, match=r"found 2 steps in a row .*max_skipped_steps = 2"):
         limit.count(bad)
+
+
+def test_one_update_without_a_number_counts_and_one_without_completions_does_not() -> None:
+    config = msgspec.structs.replace(CONFIG, optimizer=OptimizerConfig(max_skipped_steps=2))
+    one_bad = train_step(_SkipsTheFirst(0.0), groups(), CONFIG, Version(0, 2), Lineages())
+    assert (one_bad["skipped_updates"], one_bad["nonfinite_updates"]) == (1, 1)
+    limit = SkipLimit(config)
+    one_empty = one_bad | {"nonfinite_updates": 0.0}
+    all_empty = one_empty | {"skipped_updates": 4.0}
+    for metrics in (one_bad, one_empty, one_bad, one_empty, all_empty):
+        limit.count(metrics)
+    with pytest.raises(StallError, match=r"of the last one's 4 updates 1 were skipped, 1 for their gradients"):
+        limit.count(one_bad)
 
 
 def test_the_divergence_from_the_reference_is_in_the_loss_and_in_the_metrics() -> None:
@@ -285,7 +286,7 @@ def test_the_first_update_is_at_the_reference_and_the_next_is_not() -> None:
 def test_measures_of_parts_are_those_of_the_whole_and_nothing_is_nan() -> None:
     nothing = summarize(add_up([]), 8, 0.1)
     assert all(math.isnan(value) for name, value in nothing.items() if name != "num_tokens")
-    some = Measures(torch.ones(2, 10, dtype=torch.float64), torch.ones(7, dtype=torch.float64), torch.arange(2048))
+    some = Measures(torch.ones(2, 9, dtype=torch.float64), torch.ones(7, dtype=torch.float64), torch.arange(2048))
     twice = summarize(some + some, 8, 0.1)
     assert {n: v for n, v in twice.items() if n != "num_tokens" and not math.isnan(v)} == {
         n: v for n, v in summarize(some, 8, 0.1).items() if n != "num_tokens" and not math.isnan(v)

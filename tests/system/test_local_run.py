@@ -23,6 +23,7 @@ STEP_KEYS = set(
     logprob_difference_k3 num_rejected overlong_penalty noise_floor num_masked_timeout num_masked_error
     num_masked_truncated num_groups_right num_groups_wrong filtered_right filtered_wrong
     effective_sample_share entropy logprob_difference_mean logprob_difference_p99 skipped_updates
+    nonfinite_updates
     learner_tokens_per_s generator_tokens_per_s verifier_completions_per_s learner_idle generator_idle
     verifier_idle ledger_idle overlap_share filtered waiting leased scored
     """.split()  # noqa: SIM905
@@ -45,6 +46,7 @@ def test_a_run_ends_by_itself_and_writes_what_it_promises(start_run: Callable[..
     _check_files(run)
     _check_checkpoint(Path(summary["checkpoint"]))
     assert "step 6/6: reward" in run.output()
+    assert "the learner's kernels: core attention torch SDPA, norm torch," in run.output()
     assert str(summary["checkpoint"]) in run.output()
 
 

@@ -14,7 +14,8 @@ import torch.multiprocessing as processes
 from common import wire
 from common.config import Config
 from common.versions import Lineages, Version
-from learner.batch import completion_staleness, step_sequences
+from learner.batch import completion_staleness, pack, step_sequences
+from learner.gspo import gspo_loss, proximal
 from learner.ranks import Ranks
 from learner.step import train_step
 from tests.learner.megatron import tiny
@@ -178,7 +179,11 @@ def staleness_of(batch: tuple[wire.TrainingGroup, ...]) -> set[int]:
 
 
 def mean_surrogate(model: Path) -> float:
-    """The mean of |w s A|, with w and s as 1: what the loss is measured by."""
-    shuffled = np.random.default_rng(0)
-    sequences = step_sequences(groups(model), config(model), VERSION, Lineages(), shuffled)
-    return float(np.mean([abs(sequence.advantage) for group in sequences for sequence in group]))
+    """The mean of |w s A| under the reference: what the loss is measured by."""
+    settings = config(model)
+    sequences = step_sequences(groups(model), settings, VERSION, Lineages(), np.random.default_rng(0))
+    (micro,) = pack([sequence for group in sequences for sequence in group], 1 << 20)
+    (learner,) = PlainPolicy(_Logits(_reference(model)), lr=LR).logprobs([micro])
+    centre = proximal(micro, learner, None, settings.loss)
+    _, stats = gspo_loss(micro, learner, centre, len(micro.advantages), settings.loss)
+    return float((stats.weight * stats.log_ratio.exp() * micro.advantages).abs().mean())

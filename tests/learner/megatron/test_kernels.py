@@ -8,41 +8,69 @@ import msgspec
 import pytest
 import torch
 
+from common.errors import ConfigError
 from common.learning import LearnerConfig
 from common.shape import read_shape
 from learner.megatron.attention import PackedAttention, RMSNorm, packed_runs
 from learner.megatron.experts import GroupedExperts
-from learner.megatron.kernels import Installed, choose, installed
+from learner.megatron.kernels import Installed, Kernels, choose, core_attention, installed
 from learner.megatron.model import layer_spec, transformer_config
 from learner.megatron.policy import Policy
+from learner.megatron.substitutes import has_engine
 from tests.learner.megatron import tiny
 
-NOTHING = Installed(cuda=False, transformer_engine=None, apex_gradients=False, triton=False)
+NOTHING = Installed(
+    cuda=False, transformer_engine=False, apex_gradients=False, triton=False, adam="learner", router_product=False
+)
 GPU = NOTHING._replace(cuda=True, triton=True)
-ENGINE = GPU._replace(transformer_engine=(2, 8), apex_gradients=True)
-OURS = ("torch SDPA", "torch", "torch", "torch", "torch", "torch")
+ENGINE = GPU._replace(transformer_engine=True, apex_gradients=True, adam="transformer_engine", router_product=True)
+OLD_ENGINE = GPU._replace(adam="transformer_engine")
+OURS = Kernels("torch SDPA", *["torch"] * 7)
+THEIRS = Kernels(*["TransformerEngine"] * 4, "torch compiled", "Apex", *["TransformerEngine"] * 2)
 _DETERMINISM = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
-THEIRS = ("TransformerEngine",) * 4
 
 
 @pytest.mark.parametrize(
     ("there", "dtype", "expected"),
     [
         (NOTHING, torch.bfloat16, OURS),
-        (ENGINE._replace(cuda=False), torch.bfloat16, OURS),
-        (GPU, torch.bfloat16, (*OURS[:4], "torch compiled", "torch")),
+        (NOTHING._replace(transformer_engine=True, apex_gradients=True), torch.bfloat16, OURS),
+        (GPU, torch.bfloat16, OURS._replace(swiglu="torch compiled")),
         (GPU._replace(triton=False), torch.bfloat16, OURS),
-        (ENGINE, torch.bfloat16, (*THEIRS, "torch compiled", "Apex")),
-        (ENGINE, torch.float32, ("torch SDPA", *THEIRS[1:], "torch compiled", "Apex")),
-        (ENGINE._replace(transformer_engine=(1, 13)), torch.bfloat16, (*THEIRS[:3], "torch", "torch compiled", "Apex")),
+        (GPU._replace(adam="apex"), torch.bfloat16, OURS._replace(swiglu="torch compiled", adam="Apex")),
+        (ENGINE, torch.bfloat16, THEIRS),
+        (ENGINE, torch.float32, THEIRS._replace(core_attention="torch SDPA")),
+        (OLD_ENGINE, torch.bfloat16, OURS._replace(swiglu="torch compiled", adam="TransformerEngine")),
     ],
 )
-def test_kernels_are_what_is_installed(there: Installed, dtype: torch.dtype, expected: tuple[str, ...]) -> None:
-    assert choose(there, dtype) == (*expected, "torch grouped_mm")
+def test_kernels_are_what_is_installed(there: Installed, dtype: torch.dtype, expected: Kernels) -> None:
+    assert choose(there, dtype, adam_on_host=False) == expected
+    assert choose(there, dtype, adam_on_host=True) == expected._replace(adam="torch")
+
+
+@pytest.mark.parametrize(
+    ("version", "enough"), [("1.13.0", False), ("2.0", False), ("2.1.0", True), ("2.8.0+cu13", True)]
+)
+def test_an_engine_that_is_too_old_counts_as_none(
+    version: str, enough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not has_engine()
+    described = tmp_path / f"transformer_engine-{version}.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformer_engine\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert has_engine() is enough
 
 
 def test_without_a_gpu_all_kernels_are_torchs() -> None:
-    assert choose(installed(), torch.bfloat16) == (*OURS, "torch grouped_mm")
+    assert choose(installed(), torch.bfloat16, adam_on_host=False) == OURS
+
+
+def test_an_environment_that_asks_for_passes_that_differ_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(_DETERMINISM, "1")
+    assert core_attention(OURS) is PackedAttention
+    with pytest.raises(ConfigError, match=f"found {_DETERMINISM}=1, expected 0"):
+        core_attention(THEIRS)
 
 
 def test_only_what_was_chosen_changes_in_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +79,9 @@ def test_only_what_was_chosen_changes_in_the_layer(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv(_DETERMINISM, "")
     monkeypatch.delenv(_DETERMINISM)
     shape = read_shape(tiny.build(tmp_path, "qwen3-moe"))
-    here, there = (choose(kind, torch.bfloat16)._replace(norm="torch") for kind in (NOTHING, ENGINE))
+    here, there = (
+        choose(kind, torch.bfloat16, adam_on_host=False)._replace(norm="torch") for kind in (NOTHING, ENGINE)
+    )
     ours, theirs = (layer_spec(shape, chosen).submodules for chosen in (here, there))
     core = (ours.self_attention.submodules.core_attention, theirs.self_attention.submodules.core_attention)
     assert core == (PackedAttention, TEDotProductAttention)
@@ -68,7 +98,9 @@ def test_an_installed_engine_is_asked_for_its_fused_kernels(tmp_path: Path) -> N
     learner = msgspec.convert({}, LearnerConfig)
     names = ("bias_activation_fusion", "gradient_accumulation_fusion", "moe_permute_fusion", "apply_rope_fusion")
     for there, expected in ((NOTHING, (False, False, False, True)), (GPU, (True, False, False, True))):
-        config: Any = transformer_config(shape, learner, torch.bfloat16, choose(there, torch.bfloat16))
+        config: Any = transformer_config(
+            shape, learner, torch.bfloat16, choose(there, torch.bfloat16, adam_on_host=False)
+        )
         assert tuple(getattr(config, name) for name in names) == expected
 
 

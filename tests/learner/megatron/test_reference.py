@@ -15,7 +15,7 @@ from learner.megatron.policy import Policy
 from learner.sharded import write
 from learner.step import train_step
 from tests.learner.megatron import tiny
-from tests.learner.test_step import groups
+from tests.learner.steps import groups
 
 KL = {"kl_coefficient": 0.1}
 LENGTHS = [5, 9, 9, 12, 2, 30]
