@@ -11,8 +11,9 @@ from common.learning import ParallelConfig
 from common.sections import EngineParallelConfig
 from common.shape import ModelShape
 from launch.activations import held_bytes, layer_bytes
-from launch.estimate import engine_memory, logits_bytes, rank_memory, update_bytes
+from launch.estimate import checkpoint_bytes, engine_memory, host_memory, logits_bytes, rank_memory, update_bytes
 from launch.parameters import Parameters, engine_parameters, model_parameters, rank_parameters
+from launch.placement import place
 
 DENSE = ModelShape(
     architectures=(QWEN2,),
@@ -74,12 +75,21 @@ def test_state_is_shared_by_replicas_and_that_of_experts_by_theirs() -> None:
     memory = rank_memory(config(learner=learner(**parallel)), MOE, 0)
     stepped = held.dense // 4 + held.experts // 2  # 8 ranks are two replicas of 4 ranks' experts
     assert (memory.weights, memory.gradients) == (2 * held.total, 4 * held.total)
-    assert (memory.optimizer, memory.host) == (12 * stepped, 0)
+    assert (memory.optimizer, memory.offloaded, memory.host) == (12 * stepped, 0, 12 * stepped)
     offloaded = learner(**parallel) | {"offload_optimizer": True}
     memory = rank_memory(config(learner=offloaded), MOE, 0)
-    assert (memory.optimizer, memory.host) == (4 * stepped, 8 * stepped)
+    assert (memory.optimizer, memory.offloaded, memory.host) == (4 * stepped, 8 * stepped, 20 * stepped)
     whole = learner(**parallel) | {"dtype": "float32"}
-    assert rank_memory(config(learner=whole), MOE, 0).optimizer == 8 * stepped
+    memory = rank_memory(config(learner=whole), MOE, 0)
+    assert (memory.optimizer, memory.snapshot) == (8 * stepped, 12 * stepped)
+
+
+def test_a_node_holds_the_copies_of_all_its_ranks_while_a_checkpoint_is_under_way() -> None:
+    settings = config(learner=learner(data=4), generator={"count": 2}, placement={"gpus_per_node": 2})
+    nodes = host_memory(settings, DENSE, place(settings))
+    copies = 2 * 12 * (model_parameters(DENSE) // 4)
+    assert [(node.checkpoint, node.offloaded) for node in nodes] == [(copies, 0), (copies, 0), (0, 0)]
+    assert checkpoint_bytes(DENSE) == 2 * copies
 
 
 def test_activations_of_a_dense_layer() -> None:
