@@ -8,7 +8,7 @@ from common.errors import RunDirectoryError
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Writes `data` to `path` by renaming a finished temporary file.
+    """Writes `data` to `path` by renaming a finished temporary file; it survives a crash of the machine.
 
     Raises:
         RunDirectoryError: The disk is full or the directory cannot be written; `path` is as it was.
@@ -21,9 +21,23 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def sync_directory(path: Path) -> None:
+    """What was made in a directory, or renamed, survives a crash of the machine from now on.
+
+    Raises:
+        OSError: The disk fails.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def append_lines(path: Path) -> TextIO:

@@ -11,7 +11,7 @@ class PlacementConfig(Section):
     Attributes:
         gpus_per_node: Of each node. 0 gives no process a GPU of its own: each takes what it finds, or the CPU.
         gpu_memory_gib: Of each GPU.
-        host_memory_gib: Of each node: what is offloaded and published must fit.
+        host_memory_gib: Of each node: what is offloaded and published and a checkpoint under way must fit.
     """
 
     gpus_per_node: Natural = 0

@@ -26,6 +26,7 @@ class RankMemory(NamedTuple):
         layer: What one layer's backward pass needs beside it.
         logits: What the logprobs need in their turn: chunks of logits, the output layer's gradient.
         offloaded: Moments on the host, where they are offloaded.
+        snapshot: The copy on the host that a checkpoint under way writes: masters and moments.
         reference: The frozen reference's parameters on the host, where the loss asks for one.
     """
 
@@ -36,12 +37,13 @@ class RankMemory(NamedTuple):
     layer: int
     logits: int
     offloaded: int
+    snapshot: int
     reference: int
 
     @property
     def host(self) -> int:
-        """On the host."""
-        return self.offloaded + self.reference
+        """On the host, while a checkpoint is under way."""
+        return self.offloaded + self.snapshot + self.reference
 
     @property
     def device(self) -> int:
@@ -55,11 +57,13 @@ class HostMemory(NamedTuple):
 
     Attributes:
         offloaded: The optimizer's state of its ranks.
+        checkpoint: The copies of its ranks that a checkpoint under way writes.
         reference: The reference's parameters of its ranks.
         published: Versions of the weights that are kept, and one in the making.
     """
 
     offloaded: int
+    checkpoint: int
     reference: int
     published: int
 
@@ -90,6 +94,7 @@ def rank_memory(config: Config, shape: ModelShape, stage: int) -> RankMemory:
         layer=held.layer,
         logits=logits_bytes(config, shape) if stage == parallel.pipeline - 1 else 0,
         offloaded=moments if offloaded else 0,
+        snapshot=stepped * (_MASTER_BYTES + _MOMENT_BYTES),
         reference=owned.total * item if config.loss.kl_coefficient > 0 else 0,
     )
 
@@ -124,14 +129,25 @@ def update_bytes(config: Config, shape: ModelShape) -> int:
     return model_parameters(shape) * ITEM_BYTES[config.learner.dtype]
 
 
+def checkpoint_bytes(shape: ModelShape) -> int:
+    """Of one checkpoint on disk: weights and both moments, in float32."""
+    return model_parameters(shape) * (_MASTER_BYTES + _MOMENT_BYTES)
+
+
 def host_memory(config: Config, shape: ModelShape, placement: Placement) -> list[HostMemory]:
     """Of each node; the learner's first has the published weights."""
     published = (config.weights.keep + 1) * update_bytes(config, shape)
     nodes: list[HostMemory] = []
     for node in range(placement.num_nodes):
         ranks = [rank_memory(config, shape, rank.pipeline) for rank in placement.ranks if rank.node == node]
-        offloaded, reference = sum(rank.offloaded for rank in ranks), sum(rank.reference for rank in ranks)
-        nodes.append(HostMemory(offloaded, reference, published if node == 0 else 0))
+        nodes.append(
+            HostMemory(
+                offloaded=sum(rank.offloaded for rank in ranks),
+                checkpoint=sum(rank.snapshot for rank in ranks),
+                reference=sum(rank.reference for rank in ranks),
+                published=published if node == 0 else 0,
+            )
+        )
     return nodes
 
 
@@ -180,9 +196,24 @@ def parts(memory: RankMemory) -> str:
 
 def host_parts(memory: HostMemory) -> str:
     """The parts of a node's memory, for people."""
-    names = {"offloaded": "optimizer state", "reference": "reference", "published": "published weights"}
+    names = {
+        "offloaded": "optimizer state",
+        "checkpoint": "a checkpoint under way",
+        "reference": "reference",
+        "published": "published weights",
+    }
     sizes = [f"{words} {readable(getattr(memory, name))}" for name, words in names.items() if getattr(memory, name)]
     return " + ".join(sizes)
+
+
+def rank_host_parts(memory: RankMemory) -> str:
+    """The parts of what a rank has on the host, for people."""
+    names = {
+        "offloaded": "moments",
+        "snapshot": "the copy that a checkpoint under way writes",
+        "reference": "reference",
+    }
+    return " + ".join(f"{words} {readable(size)}" for name, words in names.items() if (size := getattr(memory, name)))
 
 
 def readable(size_bytes: float) -> str:

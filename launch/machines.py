@@ -7,9 +7,11 @@ from common.hardware import GIB
 from common.shape import ModelShape
 from launch.estimate import (
     RESERVE_BYTES,
+    checkpoint_bytes,
     engine_memory,
     host_memory,
     host_parts,
+    rank_host_parts,
     rank_memory,
     readable,
     update_bytes,
@@ -40,6 +42,7 @@ def machine_lines(config: Config, shape: ModelShape) -> list[str]:
         *_engine_lines(config, shape),
         *hosts,
         *_update_lines(config, shape),
+        *_checkpoint_lines(config, shape),
         *_assumptions(config, shape),
     ]
 
@@ -105,8 +108,7 @@ def _rank_lines(config: Config, shape: ModelShape) -> list[str]:
             lines += [*_table(rows), _sum(memory.device, config.placement.gpu_memory_gib * GIB)]
         else:
             lines += [*_table(rows), _sum(memory.device - RESERVE_BYTES, None)]
-        if memory.host:
-            lines.append(_row("on the host", memory.host, ""))
+        lines.append(_row("on the host", memory.host, rank_host_parts(memory)))
     return lines
 
 
@@ -151,6 +153,24 @@ def _update_lines(config: Config, shape: ModelShape) -> list[str]:
         f"bytes per weight update: {readable(size_bytes)}, the whole model, once a step; written by the learner and "
         f"read by {readers}",
         f"  {keep} versions and one in the making are in {config.weights.dir}: {readable((keep + 1) * size_bytes)}",
+    ]
+
+
+def _checkpoint_lines(config: Config, shape: ModelShape) -> list[str]:
+    """What checkpoints take of the run directory's disk, and what a stop writes of them."""
+    learner, size_bytes, exported = config.learner, checkpoint_bytes(shape), update_bytes(config, shape)
+    every = learner.checkpoint_every
+    kept = f"{learner.keep_checkpoints} of the newest, the best"
+    count = learner.keep_checkpoints + 2
+    if learner.keep_every and (num := config.steps // learner.keep_every):
+        kept, count = f"{kept}, {num} of learner.keep_every", count + num
+    return [
+        f"bytes per checkpoint: {readable(size_bytes)}, weights and both moments in float32, every "
+        f"{every:,} steps; for transformers and SGLang {readable(exported)} more where training ends",
+        f"  {kept} and one in the making are in the run directory: {readable(count * size_bytes)} at most, and "
+        f"{readable(exported)} for each where training ended",
+        "  a stop waits for the step and the save under way, for another save and for those weights: "
+        f"{readable(2 * size_bytes + exported)} within run.stop_timeout_s = {config.run.stop_timeout_s:g}",
     ]
 
 

@@ -21,7 +21,7 @@ import torch
 
 from common.config import Config
 from common.errors import RunDirectoryError
-from common.files import write_atomically
+from common.files import sync_directory, write_atomically
 from common.log import logger
 from common.rendezvous import RunKeys
 from common.versions import Version
@@ -156,19 +156,33 @@ class Checkpoints:
         return weights
 
     def mark_best(self, version: Version, accuracy: float) -> None:
-        """Links `best` to the checkpoint of a version, where there is one and no better one has been marked."""
+        """Links `best` to the checkpoint of a version, where there is one and no better one has been marked.
+
+        Raises:
+            RunDirectoryError: The directory cannot be written, or a file in it is broken.
+        """
         if self._under_way is not None and self._under_way[0].version == version:
             self._awaited[version] = accuracy
             return
-        best = self._best / _ACCURACY
-        best_accuracy = msgspec.json.decode(best.read_bytes(), type=float) if best.exists() else -1.0
-        if not self._has(version) or not accuracy >= best_accuracy:
+        if not self._has(version) or not accuracy >= self._best_accuracy():
             return
         write_atomically(self._path(version) / _ACCURACY, msgspec.json.encode(accuracy))
         temporary = self._best.with_name(".best")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(self._path(version).name)
-        temporary.replace(self._best)
+        with _one_line(self._best):
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(self._path(version).name)
+            temporary.replace(self._best)
+            sync_directory(self._directory)
+
+    def _best_accuracy(self) -> float:
+        """Of the checkpoint that `best` links to; -1 where there is none."""
+        path = self._best / _ACCURACY
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=float)
+        except FileNotFoundError:
+            return -1.0
+        except (OSError, msgspec.MsgspecError) as error:
+            raise RunDirectoryError(f"{path}: found no accuracy in it: {error}") from error
 
     def _commit(self, point: SavePoint, saving: Saving) -> Saved:
         """Makes the checkpoint whole, forgets others, and marks it where its evaluation is in already."""
@@ -178,11 +192,11 @@ class Checkpoints:
 
     def _make_whole(self, point: SavePoint) -> bool:
         temporary, path = self._partial(point.version), self._path(point.version)
-        try:
+        with _one_line(path):
+            sync_directory(temporary / MEGATRON)
             point.write(temporary)
             temporary.rename(path)
-        except OSError as error:
-            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
+            sync_directory(self._directory)
         if (accuracy := self._awaited.pop(point.version, None)) is not None:
             self.mark_best(point.version, accuracy)
         self._forget()
@@ -212,17 +226,29 @@ class Checkpoints:
         return sorted(p.parent for p in self._directory.glob(f"step-*/{VERSION}"))
 
     def _forget(self) -> None:
+        """Removes those that are not kept; one that is half removed has the name of one that is half written."""
         best = self._best.resolve() if self._best.is_symlink() else None
         for path in self._whole()[: -self._keep]:
             is_kept = self._keep_every and int(path.name.removeprefix("step-")) % self._keep_every == 0
-            if path != best and not is_kept:
-                shutil.rmtree(path, ignore_errors=True)
+            if path == best or is_kept:
+                continue
+            partial = self._directory / f".{path.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            with _one_line(path):
+                path.rename(partial)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _make_anew(path: Path) -> bool:
-    try:
+    with _one_line(path):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
+    return True
+
+
+@contextmanager
+def _one_line(path: Path) -> Generator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
-    return True

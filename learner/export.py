@@ -3,7 +3,8 @@
 import argparse
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -39,11 +40,12 @@ def export_checkpoint(checkpoint: Path, target: Path) -> int:
     memory at a time, twice.
 
     Raises:
-        RunDirectoryError: The checkpoint is missing, half-written or broken; `target` is in use; the disk is full.
+        RunDirectoryError: The checkpoint is missing, half-written, broken or moved out of its run; `target` is in use;
+            the disk is full.
         ModelError: The model that the run started from is not there: its config and tokenizer come along.
     """
     SavePoint.read(checkpoint)
-    run_dir = checkpoint.resolve().parents[1]
+    run_dir, target = _run_of(checkpoint), target.resolve()
     config = read_resolved(run_dir)
     if not (Path(config.model) / "config.json").is_file():
         raise ModelError(
@@ -71,28 +73,57 @@ def write_hugging_face(
         whole_model: Whether tokenizer and generation config come along, for people; an engine needs only the config.
 
     Raises:
-        RunDirectoryError: The disk is full or the directory cannot be written; nothing is left of it.
+        RunDirectoryError: The disk of a rank is full or the directory cannot be written, as all ranks hear; nothing is
+            left of it.
     """
     temporary = target.with_name(f".{target.name}.partial")
-    try:
-        if ranks.is_first:
+
+    def begin() -> bool:
+        with _one_line(target):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        ranks.wait()
-        shards = _write_shards(tensors, temporary, ranks)
-        if ranks.is_first:
+        return True
+
+    def commit() -> bool:
+        with _one_line(target):
             _write_index(shards, temporary)
             _copy_rest(model_dir, temporary, whole_model=whole_model)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
-        ranks.wait()
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunDirectoryError(f"{target}: cannot be written: {getattr(error, 'strerror', error)}") from error
+        return True
+
+    try:
+        ranks.share(begin, bool)
+        shards = _write_shards(tensors, temporary, target, ranks)
+        ranks.share(commit, bool)
     except RunDirectoryError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return sum(shard.size_bytes for shard in shards)
+
+
+@contextmanager
+def _one_line(target: Path) -> Generator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunDirectoryError(f"{target}: cannot be written: {reason}") from error
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """The run directory that a checkpoint is in.
+
+    Raises:
+        RunDirectoryError: It is in none.
+    """
+    directory = checkpoint.resolve().parent
+    if directory.name != "checkpoints" or not (directory.parent / RESOLVED).is_file():
+        raise RunDirectoryError(
+            f"{checkpoint}: found a checkpoint in {directory}, expected one in RUN/checkpoints: it is exported by the "
+            f"{RESOLVED} of its run"
+        )
+    return directory.parent
 
 
 def _saved_weights(path: Path, config: Config) -> Iterator[tuple[str, torch.Tensor]]:
@@ -112,15 +143,40 @@ class _Shard(msgspec.Struct, frozen=True):
     size_bytes: int
 
 
-def _write_shards(tensors: Iterable[tuple[str, torch.Tensor]], directory: Path, ranks: Ranks) -> list[_Shard]:
-    """Writes this rank's shards; returns those of all ranks."""
+class _Written(msgspec.Struct, frozen=True):
+    """What a rank says of its shards: what it wrote, and what failed."""
+
+    shards: list[_Shard]
+    error: str
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], directory: Path, target: Path, ranks: Ranks
+) -> list[_Shard]:
+    """Writes this rank's shards; returns those of all ranks.
+
+    A rank that cannot write draws its weights to their end: ranks make each of them together.
+
+    Raises:
+        RunDirectoryError: A rank cannot.
+    """
     written: list[_Shard] = []
+    error = ""
     for shard in _shards(tensors):
+        if error:
+            continue
         file = f"model-{ranks.rank + 1:05d}-{len(written) + 1:05d}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        try:
+            with _one_line(target):
+                save_file(shard, directory / file, metadata={"format": "pt"})
+        except RunDirectoryError as failure:
+            error = str(failure)
         written.append(_Shard(file, list(shard), sum(t.nbytes for t in shard.values())))
-    gathered = ranks.gather(msgspec.msgpack.encode(written))
-    return [shard for part in gathered for shard in msgspec.msgpack.decode(part, type=list[_Shard])]
+    gathered = ranks.gather(msgspec.msgpack.encode(_Written(written, error)))
+    told = [msgspec.msgpack.decode(part, type=_Written) for part in gathered]
+    if error := next((each.error for each in told if each.error), ""):
+        raise RunDirectoryError(error)
+    return [shard for each in told for shard in each.shards]
 
 
 def _write_index(shards: list[_Shard], directory: Path) -> None:

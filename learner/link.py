@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from common import wire
-from common.errors import StallError
+from common.errors import RefusedError, RunDirectoryError, StallError
 from common.membership import Activity, Membership
 from common.rendezvous import RunKeys
 from common.transport import Client, ledger_client
@@ -62,8 +62,16 @@ class LedgerLink:
         Args:
             checkpoint: What the policy holds; None for the starting weights.
             sequence: Number of the commit that made it, 0 for the starting weights.
+
+        Raises:
+            RunDirectoryError: The ledger and the checkpoint do not belong together; a restart would find the same.
         """
-        begun = self._ask(wire.Begin(checkpoint=checkpoint, sequence=sequence), wire.Begun)
+        try:
+            begun = self._ask(wire.Begin(checkpoint=checkpoint, sequence=sequence), wire.Begun)
+        except RefusedError as error:
+            raise RunDirectoryError(f"{self._run_dir}: {error}") from error
+        if checkpoint is not None:
+            self.checkpointed(checkpoint)  # the learner may have been killed before it could say so
         return begun.version, Lineages(begun.branches)
 
     def reserve(self, version: Version, num_groups: int) -> tuple[wire.TrainingGroup, ...] | None:

@@ -1,6 +1,7 @@
 """What the learner's ranks tell each other beside Megatron's own traffic: bytes, over gloo, on the CPU."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import msgspec
@@ -9,6 +10,8 @@ import torch.distributed as dist
 
 from common import errors
 from common.errors import SluiceError
+
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the first one, and that one for groups: it has the deadline
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
@@ -51,7 +54,7 @@ class Ranks:
         """A group of all ranks for what goes on beside these calls; None where there is one rank."""
         if self.size == 1:
             return None
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
         return group
 
@@ -90,11 +93,6 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
         return [part[:length].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
-
-    def wait(self) -> None:
-        """Returns when every rank has called it."""
-        if self.size > 1:
-            dist.all_reduce(torch.zeros(1))
 
     def _broadcast(self, data: bytes) -> bytes:
         """The first rank's data."""

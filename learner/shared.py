@@ -30,6 +30,9 @@ class SharedLedger:
         Args:
             checkpoint: What the policy holds; None for the starting weights.
             sequence: Number of the commit that made it, 0 for the starting weights.
+
+        Raises:
+            RunDirectoryError: The ledger and the checkpoint do not belong together.
         """
         self.sequence = sequence
 

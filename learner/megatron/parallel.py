@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from common.errors import ConfigError
 from common.learning import ParallelConfig
-
-COLLECTIVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the first one, and that one for groups: it has the deadline
+from learner.ranks import COLLECTIVE_TIMEOUT
 
 
 @dataclass(frozen=True)

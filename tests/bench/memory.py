@@ -31,11 +31,12 @@ MIB = 1 << 20
 
 
 class Measured(NamedTuple):
-    """Bytes beside what is estimated: of the tensors that stay, and of the peak above them during an update."""
+    """Bytes beside what is estimated: of what stays, of a checkpoint's copy, of the peak above them in an update."""
 
     weights: int
     gradients: int
     optimizer: int
+    snapshot: int
     peak: int
 
 
@@ -116,19 +117,23 @@ def _beside(directory: Path, recompute: str, dtype: str, **parallel: Any) -> tup
     peak = _peak_bytes(lambda: policy.update(micros, tiny.masked_mean_loss))
     memory = rank_memory(config, read_shape(directory), 0)
     transient = memory.activations + max(memory.layer, memory.logits)
-    return _held(policy, peak), Measured(memory.weights, memory.gradients, memory.optimizer, transient)
+    return _held(policy, peak), Measured(memory.weights, memory.gradients, memory.optimizer, memory.snapshot, transient)
 
 
 def _held(policy: Any, peak: int) -> Measured:
     """The parameters, as many tensors as they may be, their gradients, and this rank's share of the rest."""
+    from learner.sharded import Sharded
+
     optimizers: list[Any] = policy._optimizer.megatron.chained_optimizers
     parameters = [p for optimizer in optimizers for buffer in optimizer.buffers for p in buffer.params]
     state = [t for part in optimizers for values in part.optimizer.state.values() for t in values.values()]
     masters = [t for part in optimizers for group in part.shard_fp32_from_float16_groups for t in group]
+    copied = policy.snapshot().values()
     return Measured(
         weights=sum(parameter.nbytes for parameter in parameters),
         gradients=sum(parameter.main_grad.nbytes for parameter in parameters),
         optimizer=sum(tensor.nbytes for tensor in [*state, *masters] if tensor is not None),
+        snapshot=sum(part.nbytes for entry in copied if isinstance(entry, Sharded) for part in entry._parts.values()),
         peak=peak,
     )
 

@@ -14,6 +14,7 @@ from launch.checks import count_parameters
 from launch.cluster import LAYOUTS
 from launch.estimate import rank_memory
 from launch.notices import notices
+from launch.parameters import model_parameters
 from launch.plan import REPOSITORY, derived_numbers, plan_processes
 from launch.resolved import to_toml
 from launch.tiny_sizes import tiny_shape
@@ -87,8 +88,18 @@ def test_the_cost_of_a_reference_is_told_where_one_is_asked_for(tmp_path: Path) 
     learner = LearnerConfig(dtype="bfloat16", parallel=ParallelConfig(data=4, expert=4))
     shared = rank_memory(msgspec.structs.replace(config, learner=learner), shape, 0)
     experts = 2 * 4 * 3 * 64 * 32
-    assert shared.reference == shared.host == size // 2 - 2 * experts * 3 // 4
+    assert shared.reference == shared.host - shared.snapshot == size // 2 - 2 * experts * 3 // 4
     assert rank_memory(Config(), shape, 0).reference == 0
+
+
+def test_what_checkpoints_take_of_the_disk_is_told(cluster: Cluster) -> None:
+    changes = ("steps=95", "learner.checkpoint_every=10", "learner.keep_checkpoints=3", "learner.keep_every=20")
+    said = cluster("--layout", "local", "--dry-run", *changes, "run.stop_timeout_s=90").stdout
+    size = 12 * model_parameters(tiny_shape(0)) / (1 << 20)
+    assert f"bytes per checkpoint: {size:.2f} MiB, weights and both moments in float32, every 10 steps" in said
+    kept = "3 of the newest, the best, 4 of learner.keep_every and one in the making"
+    assert f"{kept} are in the run directory: {9 * size:.2f} MiB at most" in said
+    assert f"for those weights: {2 * size + size / 3:.2f} MiB within run.stop_timeout_s = 90" in said
 
 
 @pytest.mark.parametrize(

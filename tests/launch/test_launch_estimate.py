@@ -11,8 +11,9 @@ from common.learning import ParallelConfig
 from common.sections import EngineParallelConfig
 from common.shape import ModelShape
 from launch.activations import held_bytes, layer_bytes
-from launch.estimate import engine_memory, logits_bytes, rank_memory, update_bytes
+from launch.estimate import checkpoint_bytes, engine_memory, host_memory, logits_bytes, rank_memory, update_bytes
 from launch.parameters import Parameters, engine_parameters, model_parameters, rank_parameters
+from launch.placement import place
 
 DENSE = ModelShape(
     architectures=(QWEN2,),
@@ -74,20 +75,29 @@ def test_state_is_shared_by_replicas_and_that_of_experts_by_theirs() -> None:
     memory = rank_memory(config(learner=learner(**parallel)), MOE, 0)
     stepped = held.dense // 4 + held.experts // 2  # 8 ranks are two replicas of 4 ranks' experts
     assert (memory.weights, memory.gradients) == (2 * held.total, 4 * held.total)
-    assert (memory.optimizer, memory.host) == (12 * stepped, 0)
+    assert (memory.optimizer, memory.offloaded, memory.host) == (12 * stepped, 0, 12 * stepped)
     offloaded = learner(**parallel) | {"offload_optimizer": True}
     memory = rank_memory(config(learner=offloaded), MOE, 0)
-    assert (memory.optimizer, memory.host) == (4 * stepped, 8 * stepped)
+    assert (memory.optimizer, memory.offloaded, memory.host) == (4 * stepped, 8 * stepped, 20 * stepped)
     whole = learner(**parallel) | {"dtype": "float32"}
-    assert rank_memory(config(learner=whole), MOE, 0).optimizer == 8 * stepped
+    memory = rank_memory(config(learner=whole), MOE, 0)
+    assert (memory.optimizer, memory.snapshot) == (8 * stepped, 12 * stepped)
+
+
+def test_a_node_holds_the_copies_of_all_its_ranks_while_a_checkpoint_is_under_way() -> None:
+    settings = config(learner=learner(data=4), generator={"count": 2}, placement={"gpus_per_node": 2})
+    nodes = host_memory(settings, DENSE, place(settings))
+    copies = 2 * 12 * (model_parameters(DENSE) // 4)
+    assert [(node.checkpoint, node.offloaded) for node in nodes] == [(copies, 0), (copies, 0), (0, 0)]
+    assert checkpoint_bytes(DENSE) == 2 * copies
 
 
 def test_activations_of_a_dense_layer() -> None:
-    norms = 2 * ((4 + 2) * 64 + 4) + 2 * 2 * 64
-    attention = 2 * 128 + 4 * 2 * 16 + 2 * (64 + 32 + 64) + 4 * 4 + 2 * 64
+    norms = 2 * (2 * 64 + 4) + 2 * 2 * 64
+    attention = 2 * 128 + 2 * (64 + 32 + 64) + 4 * 4 + 2 * 64
     layer = layer_bytes(DENSE, ParallelConfig(), 2)
     assert (layer.input, layer.attention, layer.feed_forward) == (128, norms + attention, 5 * 96 * 2)
-    final = (4 + 2) * 64 + 4 + 2 * 2 * 64
+    final, rotary = 2 * 64 + 4 + 2 * 2 * 64, 2 * 16
     kept = {
         "none": (4 * (norms + attention + 960), 0),
         "selective": (4 * (norms + attention), 960),
@@ -95,11 +105,13 @@ def test_activations_of_a_dense_layer() -> None:
     }
     for recompute, (expected, anew) in kept.items():
         settings = config(learner=learner() | {"recompute": recompute})
-        assert held_bytes(settings, DENSE, 0) == (4096 * (expected + final), 4096 * (anew + layer.working)), recompute
+        assert held_bytes(settings, DENSE, 0) == (4096 * (expected + rotary + final), 4096 * (anew + layer.working)), (
+            recompute
+        )
 
 
 def test_experts_keep_a_row_for_each_choice_of_a_token() -> None:
-    row = 2 * (64 + 6 * 16) + 4
+    row = 2 * (64 + 3 * 16) + 4
     assert layer_bytes(MOE, ParallelConfig(), 2).feed_forward == 2 * row + 5 * 8 + 20 * 2
     shared = layer_bytes(MOE, ParallelConfig(tensor=2, sequence=True, data=4, expert=8), 2)
     assert shared.feed_forward == (2 * row + 5 * 8 + 20 * 2) / 2
@@ -115,10 +127,10 @@ def test_experts_keep_a_row_for_each_choice_of_a_token() -> None:
 def test_early_stages_hold_more_micro_batches(parallel: dict[str, int], in_flight: list[int]) -> None:
     settings = config(learner=learner(**parallel))
     layer = layer_bytes(DENSE, ParallelConfig(**parallel), 2)
-    final = (4 + 2) * 64 + 4 + 2 * 2 * 64
+    final, rotary = 2 * 64 + 4 + 2 * 2 * 64, 2 * 16
     last = parallel["pipeline"] - 1
     for stage, num in enumerate(in_flight):
-        kept = num * (layer.attention + layer.feed_forward) + (final if stage == last else 0)
+        kept = num * (layer.attention + layer.feed_forward + rotary) + (final if stage == last else 0)
         assert held_bytes(settings, DENSE, stage).activations == 4096 * kept
 
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,65 @@ def test_an_evaluation_that_is_in_before_its_checkpoint_is_whole_counts(config: 
     assert not (tmp_path / "checkpoints" / "best").exists()
     checkpoints.finish()
     assert (tmp_path / "checkpoints" / "best").resolve().name == "step-000001"
+
+
+def test_a_best_that_cannot_be_marked_is_one_line(config: Config, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(config, tmp_path, Ranks())
+    saved(checkpoints, 1)
+    best = tmp_path / "checkpoints" / "best"
+    best.mkdir()
+    with pytest.raises(RunDirectoryError, match=r"checkpoints/best: cannot be written: Is a directory"):
+        checkpoints.mark_best(Version(0, 1), 0.7)
+    (best / "accuracy.json").write_text("high")
+    with pytest.raises(RunDirectoryError, match=r"best/accuracy.json: found no accuracy in it: .*malformed") as caught:
+        checkpoints.mark_best(Version(0, 1), 0.7)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("config")
+def test_a_checkpoint_is_on_the_disk_before_another_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(make_config(tmp_path, keep_checkpoints=1), tmp_path, Ranks())
+    saved(checkpoints, 1)
+    fsync, synced = os.fsync, list[tuple[str, list[str]]]()
+
+    def noted(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.is_dir():
+            synced.append((path.name, sorted(os.listdir(descriptor))))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    saved(checkpoints, 2)
+    assert synced == [
+        ("megatron", [".metadata", "__0_0.distcp"]),
+        (".step-000002.partial", ["megatron", "version.json"]),
+        ("checkpoints", ["step-000001", "step-000002"]),
+    ]
+    assert names(tmp_path) == ["step-000002"]
+
+
+def test_a_process_that_is_killed_while_it_forgets_leaves_nothing_that_looks_whole(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def killed(path: Path, **_: bool) -> None:
+        for file in path.glob("megatron/*.distcp"):
+            file.unlink()
+            raise KilledError
+
+    checkpoints = Checkpoints(config, tmp_path, Ranks())
+    saved(checkpoints, 1, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KilledError):
+            saved(checkpoints, 3)
+    assert names(tmp_path) == [".step-000001.partial", "step-000002", "step-000003"]
+    Checkpoints(config, tmp_path, Ranks()).load_newest(Weights())
+    assert names(tmp_path) == ["step-000002", "step-000003"]
 
 
 def test_what_is_trained_during_a_save_is_not_in_it(config: Config, tmp_path: Path) -> None:

@@ -1,18 +1,26 @@
 """`python -m learner.export`: what is wrong is one line, and nothing half-written is left."""
 
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
 from safetensors.torch import load_file
 
 from common.config import Config, DataConfig
 from common.errors import ModelError, RunDirectoryError
 from common.layout import write_resolved
 from common.versions import Version
-from learner.export import export_checkpoint
+from learner import export
+from learner.export import export_checkpoint, write_hugging_face
+from learner.ranks import Ranks
 from learner.saved import SavePoint
 from learner.sharded import write
 from tests.learner.test_checkpoints import REPOSITORY, limited_files
@@ -87,6 +95,52 @@ def test_a_directory_that_is_in_use_is_refused_and_an_empty_one_is_not(checkpoin
     assert [path.name for path in used.iterdir()] == ["notes.txt"]
     (used / "notes.txt").unlink()
     assert export_checkpoint(checkpoint, used) == 60_003 * 4
+
+
+def test_the_working_directory_may_be_the_empty_one(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    export_checkpoint(checkpoint, Path())
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_that_was_moved_out_of_its_run_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.move(checkpoint, tmp_path / "step-000007"))
+    elsewhere = tmp_path / "elsewhere" / "checkpoints" / "step-000007"
+    shutil.copytree(moved, elsewhere)
+    for path in (moved, elsewhere):
+        with pytest.raises(RunDirectoryError, match=r"found a checkpoint in .*, expected one in RUN/checkpoints"):
+            export_checkpoint(path, tmp_path / "out")
+
+
+def test_all_ranks_hear_that_the_disk_of_one_is_full(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    processes.spawn(_rank, args=(tmp_path,), nprocs=2)
+    told = [(tmp_path / f"told-{rank}").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    assert told[0].startswith(f"{tmp_path / 'out'}: cannot be written: ")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def _rank(rank: int, directory: Path) -> None:
+    """The second rank's disk is full, and its weights are made by both."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store, patience = f"file://{directory / 'store'}", timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(3):
+            weight = torch.ones(100_000)
+            dist.all_reduce(weight)
+            yield f"{rank}.{number}", weight
+
+    export.SHARD_BYTES = 1
+    with limited_files(50_000 if rank == 1 else 1 << 30), pytest.raises(RunDirectoryError) as caught:
+        write_hugging_face(weights(), directory / "model", directory / "out", Ranks(), whole_model=False)
+    (directory / f"told-{rank}").write_text(str(caught.value))
+    dist.destroy_process_group()
 
 
 def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def _beside_training(base: Path) -> None:
     rank, ranks = dist.get_rank(), Ranks()
     if ranks.is_first:
         RunKeys.create(base)
-    ranks.wait()
+    dist.barrier()
     division = {"data": 2}
     policy = _policy(base / "qwen3", division)
     checkpoints = Checkpoints(_config(base / "qwen3", division), base, ranks)
@@ -180,7 +180,7 @@ def _beside_training(base: Path) -> None:
     _step(policy, base / "qwen3", division, 0)
     assert (checkpoints.look() or checkpoints.finish()) is not None
     after = [path.name for path in (base / "checkpoints").iterdir()]
-    ranks.wait()
+    dist.barrier()
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     error = ""
@@ -190,7 +190,7 @@ def _beside_training(base: Path) -> None:
     except RunDirectoryError as caught:
         error = str(caught)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    ranks.wait()
+    dist.barrier()
     left = [path.name for path in (base / "checkpoints").iterdir()]
     told = {"before": before, "after": after, "error": error, "left": left}
     (base / f"told-{rank}").write_bytes(msgspec.json.encode(told))
