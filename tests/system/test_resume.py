@@ -1,5 +1,6 @@
 """Runs that go on in their directory, by the command that started them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -45,6 +46,7 @@ def test_a_run_goes_on_after_its_launcher_was_killed_and_after_it_was_stopped(st
     assert run.summary()["steps"] == 8
     assert (Path(run.summary()["checkpoint"]) / "model.safetensors.index.json").exists(), "two ranks wrote it"
     _check_what_is_said_afterwards(run)
+    _check_that_a_checkpoint_of_another_time_is_refused_once(run)
 
 
 def _check_what_is_said_afterwards(run: Run) -> None:
@@ -62,6 +64,16 @@ def _check_what_is_said_afterwards(run: Run) -> None:
     more = _cluster(run.directory, "steps=9", "--dry-run")
     assert more.returncode == 0, more.stderr
     assert "goes on from its newest checkpoint; 8 steps were done" in more.stdout
+
+
+def _check_that_a_checkpoint_of_another_time_is_refused_once(run: Run) -> None:
+    point = run.directory / "checkpoints" / "step-000008" / "version.json"
+    content = json.loads(point.read_bytes())
+    point.write_text(json.dumps(content | {"sequence": content["sequence"] + 1}))
+    refused = _cluster(run.directory, "steps=9")
+    assert refused.returncode == 2, refused.stdout
+    assert f"expected commit {content['sequence']} of the ledger" in refused.stderr
+    assert "restart" not in refused.stdout
 
 
 def _cluster(run_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
