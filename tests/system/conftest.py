@@ -69,10 +69,10 @@ class Run:
         for process in victims:
             process.send_signal(signal.SIGKILL)
 
-    def wait_for_step(self, step: int, timeout_s: float = 240) -> None:
-        """Waits until a step is done."""
+    def wait_for_step(self, step: int, timeout_s: float = 240, *, lineage: int = 0) -> None:
+        """Waits until a step is done, in a lineage or a later one."""
         until = time.monotonic() + timeout_s
-        while not any(row["step"] >= step for row in self.rows("step")):
+        while not any(row["step"] >= step and row["lineage"] >= lineage for row in self.rows("step")):
             assert self.launcher.poll() is None, self.output()[-3000:]
             assert time.monotonic() < until, f"no step {step} after {timeout_s} s: {self.output()[-3000:]}"
             time.sleep(0.1)

@@ -11,39 +11,38 @@ from pathlib import Path
 from common.rendezvous import RunKeys
 from tests.system.conftest import REPOSITORY, Run
 
-COMMON = ("run.resume=auto", "learner.checkpoint_every=2", "evaluation.every=8")
+COMMON = ("run.resume=auto", "learner.checkpoint_every=2", "evaluation.every=14")
 
 
 def test_a_run_goes_on_after_its_launcher_was_killed_and_after_it_was_stopped(start_run: Callable[..., Run]) -> None:
-    killed = start_run(*COMMON, "steps=6")
+    killed = start_run(*COMMON, "steps=12")
     killed.wait_for_step(3)
     os.killpg(killed.launcher.pid, signal.SIGKILL)
     killed.launcher.wait(20)
     keys = RunKeys.load(killed.directory)
 
-    stopped = start_run(*COMMON, "steps=6")
-    stopped.wait_for_step(4)
-    assert stopped.rows("step")[-1]["lineage"] == 1
+    stopped = start_run(*COMMON, "steps=12")
+    stopped.wait_for_step(1, lineage=1)
     os.killpg(stopped.launcher.pid, signal.SIGINT)
     assert stopped.wait(90) == 130, stopped.output()[-3000:]
     num_done = stopped.summary()["steps"]
     before = [(row["lineage"], row["step"]) for row in stopped.rows("step")]
     assert before[-1] == (1, num_done)
 
-    run = start_run(*COMMON, "steps=8", "learner.parallel.data=2")
+    run = start_run(*COMMON, "steps=14", "learner.parallel.data=2")
     assert run.wait() == 0, run.output()[-3000:]
     run.assert_sound()
     assert f"goes on from its newest checkpoint; {num_done} steps were done" in run.output()
-    assert "changed: steps: 6 before, 8 now" in run.output()
+    assert "changed: steps: 12 before, 14 now" in run.output()
     assert "changed: learner.parallel.data: 1 before, 2 now" in run.output()
     shown = [line for line in run.output().splitlines() if line.startswith("step ")]
-    assert shown[0].startswith(f"step {num_done + 1}/8: ")
+    assert shown[0].startswith(f"step {num_done + 1}/14: ")
     rows = [(row["lineage"], row["step"]) for row in run.rows("step")]
-    assert rows == before + [(2, step) for step in range(num_done + 1, 9)]
+    assert rows == before + [(2, step) for step in range(num_done + 1, 15)]
     assert all(row["grad_norm"] > 0 for row in run.rows("step"))
-    assert set(run.accuracies()) == {0, 8}
+    assert set(run.accuracies()) == {0, 14}
     assert RunKeys.load(run.directory) == keys
-    assert run.summary()["steps"] == 8
+    assert run.summary()["steps"] == 14
     assert (Path(run.summary()["checkpoint"]) / "model.safetensors.index.json").exists(), "two ranks wrote it"
     _check_what_is_said_afterwards(run)
     _check_that_a_checkpoint_of_another_time_is_refused_once(run)
@@ -51,26 +50,26 @@ def test_a_run_goes_on_after_its_launcher_was_killed_and_after_it_was_stopped(st
 
 def _check_what_is_said_afterwards(run: Run) -> None:
     """A complete run is complete, and what may not change is refused."""
-    complete = _cluster(run.directory, "steps=8", "learner.parallel.data=2")
+    complete = _cluster(run.directory, "steps=14", "learner.parallel.data=2")
     assert complete.returncode == 0, complete.stderr
-    assert "is complete: all 8 steps are done" in complete.stdout
-    fewer = _cluster(run.directory, "steps=7")
+    assert "is complete: all 14 steps are done" in complete.stdout
+    fewer = _cluster(run.directory, "steps=13")
     assert fewer.returncode == 2
-    assert "steps: found 7, expected at least 8: so many are done" in fewer.stderr
-    smaller = _cluster(run.directory, "steps=9", "group_size=8", "--dry-run")
+    assert "steps: found 13, expected at least 14: so many are done" in fewer.stderr
+    smaller = _cluster(run.directory, "steps=15", "group_size=8", "--dry-run")
     assert smaller.returncode == 2
     assert "group_size: found 8, expected 16 as in" in smaller.stderr
     assert "only these keys may change: steps, made_for, run.*" in smaller.stderr
-    more = _cluster(run.directory, "steps=9", "--dry-run")
+    more = _cluster(run.directory, "steps=15", "--dry-run")
     assert more.returncode == 0, more.stderr
-    assert "goes on from its newest checkpoint; 8 steps were done" in more.stdout
+    assert "goes on from its newest checkpoint; 14 steps were done" in more.stdout
 
 
 def _check_that_a_checkpoint_of_another_time_is_refused_once(run: Run) -> None:
-    point = run.directory / "checkpoints" / "step-000008" / "version.json"
+    point = run.directory / "checkpoints" / "step-000014" / "version.json"
     content = json.loads(point.read_bytes())
     point.write_text(json.dumps(content | {"sequence": content["sequence"] + 1}))
-    refused = _cluster(run.directory, "steps=9")
+    refused = _cluster(run.directory, "steps=15")
     assert refused.returncode == 2, refused.stdout
     assert f"expected commit {content['sequence']} of the ledger" in refused.stderr
     assert "restart" not in refused.stdout
