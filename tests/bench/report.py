@@ -26,11 +26,9 @@ def page(results: dict[str, list[Figure]], processor: str) -> str:
     head = [
         "# Benchmarks",
         "",
-        f"Measured on {time.strftime('%Y-%m-%d')} by `make bench` on {os.cpu_count()} cores ({processor}), no GPU. One "
-        "benchmark:",
-        "`python -m tests.bench NAME [--json]`. Peers' figures are from their own code on a machine of the same kind, "
-        "single",
-        "runs; a figure without a peer has no counterpart there.",
+        f"Measured on {time.strftime('%Y-%m-%d')} by `make bench` on {os.cpu_count()} cores ({processor}), no GPU.",
+        "One benchmark: `python -m tests.bench NAME [--json]`. Peers' figures are from their own code on a machine of",
+        "the same kind, single runs; a figure without a peer has no counterpart there.",
         "",
     ]
     return "\n".join(head + [table(name, figures) for name, figures in results.items()])
