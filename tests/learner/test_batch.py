@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from common import wire
 from common.config import Config
@@ -82,7 +82,6 @@ def sequence(prompt: int, response: int, tag: int = 0) -> Sequence:
     )
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 40)), min_size=1, max_size=60),
     room=st.integers(60, 200),
@@ -107,7 +106,6 @@ def test_packing_loses_nothing_and_keeps_the_budget(lengths: list[tuple[int, int
     assert [m.token_ids.tolist() for m in pack(sequences, room)] == [m.token_ids.tolist() for m in micros]
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 60), min_size=1, max_size=60),
     room=st.integers(60, 200),

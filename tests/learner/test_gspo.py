@@ -114,7 +114,7 @@ def random_examples(seed: int, num: int, longest: int = 40) -> list[Example]:
 
 
 @pytest.mark.parametrize("mode", ["recompute", "interpolate", "generator"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     num=st.integers(1, 24),

@@ -37,7 +37,7 @@ def expected_kl(examples: list[Example], responses: list[np.ndarray]) -> tuple[f
     return total, gradients
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), num=st.integers(1, 24), mode=st.sampled_from(["recompute", "interpolate"]))
 def test_the_whole_loss_and_its_gradient_equal_the_reference(seed: int, num: int, mode: str) -> None:
     config = LossConfig(proximal=mode, clip_low=0.03, clip_high=0.04, kl_coefficient=0.05)

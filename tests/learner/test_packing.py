@@ -10,7 +10,7 @@ from learner.packing import ATTENTION_CROSSOVER, plan, sequence_costs
 Plan = list[list[NDArray[np.int64]]]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     lengths=st.lists(st.integers(1, 100), max_size=150).map(lambda numbers: np.array(numbers, dtype=np.int64)),
     max_tokens=st.integers(100, 400),

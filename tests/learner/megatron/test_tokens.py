@@ -1,13 +1,12 @@
 """Which tokens a rank works on."""
 
 import numpy as np
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from learner.megatron.parallel import Share
 from learner.megatron.tokens import _divided, _whole
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_one_rank_that_has_all_tokens_finds_them_as_ranks_that_share_them_would(lengths: list[int]) -> None:
     starts = np.concatenate([[0], np.cumsum(lengths)])
