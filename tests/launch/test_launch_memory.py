@@ -6,7 +6,7 @@ import pytest
 
 from tests.bench.memory import DIVISIONS, KINDS, RECOMPUTE, measure, measure_ranks
 
-TOLERANCE, RANKS_TOLERANCE = 0.05, 0.25
+TOLERANCE, RANKS_TOLERANCE = 0.05, {"tp2-sp": 0.1, "dp2": 0.1, "moe-ep2": 0.25}
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -41,4 +41,4 @@ def test_the_estimate_is_what_two_ranks_hold(division: str, tmp_path: Path) -> N
         assert estimated.snapshot == pytest.approx(measured.snapshot, rel=0.01)
     assert sum(e.optimizer for _, e in ranks) == pytest.approx(sum(m.optimizer for m, _ in ranks), rel=1e-4)
     # of all ranks together: a router of random weights sends one rank's experts more tokens than the other's
-    assert sum(e.peak for _, e in ranks) == pytest.approx(sum(m.peak for m, _ in ranks), rel=RANKS_TOLERANCE)
+    assert sum(e.peak for _, e in ranks) == pytest.approx(sum(m.peak for m, _ in ranks), rel=RANKS_TOLERANCE[division])
