@@ -50,7 +50,7 @@ def layer_bytes(shape: ModelShape, parallel: ParallelConfig, item: int) -> Layer
     width = shape.moe_intermediate_size / parallel.expert_tensor
     experts = rows * (item * (hidden + 3 * width) + _WIDE)
     choice = 5 * shape.total_experts + 20 * shape.num_experts_per_tok
-    copies = 3 if parallel.expert * parallel.expert_tensor == 1 else 5  # two more on the way to other ranks and back
+    copies = 3 if parallel.expert * parallel.expert_tensor == 1 else 4  # one more on the way to other ranks and back
     return LayerBytes(
         item * hidden / share, attention, (experts + choice) / share, copies * rows * item * hidden / share
     )

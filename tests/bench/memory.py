@@ -1,12 +1,14 @@
 """What an update of a small model holds in memory, beside the estimate that the dry run prints."""
 
+import gc
 import json
-import multiprocessing
-import os
 import tempfile
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 from tests.bench.report import Figure
 
@@ -21,14 +23,36 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 48}
-DIVISIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tp2-sp": ("qwen3", {"tensor": 2, "sequence": True}),
-    "dp2": ("qwen3", {"data": 2}),
-    "moe-ep2": ("qwen3-moe", {"data": 2, "expert": 2}),
-}
 LENGTHS = [100] * 16
-UPDATES = 9  # of several replicas: the least counts, since what they send each other is freed as their clocks have it
+UPDATES = 5
 MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and how it is trained.
+
+    Attributes:
+        kind: Of the model; it has `SIZES`.
+        recompute: Of the learner.
+        dtype: Of the learner and the model.
+        parallel: The division over ranks.
+        changes: Of `SIZES`.
+    """
+
+    kind: str
+    recompute: str = "selective"
+    dtype: str = "float32"
+    parallel: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)
+
+
+ALONE = {f"{kind}, recompute {recompute}": Job(kind, recompute) for kind in KINDS for recompute in RECOMPUTE}
+ON_TWO = {
+    "qwen3, tp2-sp": Job("qwen3", parallel={"tensor": 2, "sequence": True}),
+    "qwen3, dp2": Job("qwen3", parallel={"data": 2}),
+    "qwen3-moe, ep2": Job("qwen3-moe", parallel={"data": 2, "expert": 2}),
+}
 
 
 class Measured(NamedTuple):
@@ -42,63 +66,61 @@ class Measured(NamedTuple):
 
 
 def run() -> list[Figure]:
-    """Each kind of model with each choice of recompute, in a process of its own; then divisions over two ranks."""
+    """Each kind of model with each choice of recompute on one rank, then divisions over two."""
     figures: list[Figure] = []
-    for kind in KINDS:
-        for recompute in RECOMPUTE:
-            measured, estimated = _apart(kind, recompute)
-            name = f"{kind}, recompute {recompute}: activations and logits at their peak"
-            beside = f"estimate {estimated.peak / MIB:.1f} MiB, {estimated.peak / measured.peak:.3f} of it"
-            figures.append(Figure(name, measured.peak / MIB, "MiB", beside))
-    for division, (kind, parallel) in DIVISIONS.items():
+    for num_ranks, jobs in ((1, ALONE), (2, ON_TWO)):
         with tempfile.TemporaryDirectory() as directory:
-            ranks = measure_ranks(Path(directory), kind, 2, **parallel)
-        held, estimate = sum(m.peak for m, _ in ranks), sum(e.peak for _, e in ranks)
-        beside = f"estimate {estimate / MIB:.1f} MiB, {estimate / held:.3f} of it"
-        figures.append(Figure(f"{kind}, {division}: the same, of two ranks together", held / MIB, "MiB", beside))
+            found = measure(Path(directory), jobs, num_ranks)
+        for name, ranks in found.items():
+            held, estimate = sum(m.peak for m, _ in ranks), sum(e.peak for _, e in ranks)
+            beside = f"estimate {estimate / MIB:.1f} MiB, {estimate / held:.3f} of it"
+            of = f"{num_ranks} rank{'s together' * (num_ranks > 1)}"
+            figures.append(Figure(f"{name}: activations and logits at their peak, {of}", held / MIB, "MiB", beside))
     return figures
 
 
-def measure(
-    directory: Path, kind: str, recompute: str, dtype: str = "float32", **changes: int
-) -> tuple[Measured, Measured]:
-    """What is measured and what is estimated; the directory gets the model, of `SIZES` with `changes`."""
-    return _beside(_build(directory, kind, dtype, **changes), recompute, dtype)
+def measure(directory: Path, jobs: dict[str, Job], num_ranks: int) -> dict[str, list[tuple[Measured, Measured]]]:
+    """What is measured and what is estimated for each rank of each job, over gloo; the directory gets the models.
 
-
-def measure_ranks(directory: Path, kind: str, num_ranks: int, **parallel: Any) -> list[tuple[Measured, Measured]]:
-    """The same of each rank of a division, over gloo; the directory gets the model."""
+    The processes are new ones in which each larger block of memory goes back to the kernel when it is freed, so that
+    resident memory is what lives.
+    """
     import torch.multiprocessing as processes
 
-    _build(directory / "model", kind, "float32")
-    processes.spawn(_rank, args=(num_ranks, directory, parallel), nprocs=num_ranks)
+    for name, job in jobs.items():
+        _build(directory / name, job)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 16))
+        environment.setenv("MALLOC_TRIM_THRESHOLD_", str(1 << 16))
+        environment.setenv("GLOO_SOCKET_IFNAME", "lo")
+        processes.spawn(_rank, args=(num_ranks, directory, jobs), nprocs=num_ranks)
     found = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(num_ranks)]
-    return [(Measured(*measured), Measured(*estimated)) for measured, estimated in found]
+    return {name: [(Measured(*rank[name][0]), Measured(*rank[name][1])) for rank in found] for name in jobs}
 
 
-def _rank(rank: int, num_ranks: int, directory: Path, parallel: dict[str, Any]) -> None:
+def _rank(rank: int, num_ranks: int, directory: Path, jobs: dict[str, Job]) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=num_ranks)
-    beside = _beside(directory / "model", "selective", "float32", **parallel)
+    beside = {name: _beside(directory / name, job) for name, job in jobs.items()}
     (directory / f"{rank}.json").write_text(json.dumps(beside))
     dist.destroy_process_group()
 
 
-def _build(directory: Path, kind: str, dtype: str, **changes: int) -> Path:
+def _build(directory: Path, job: Job) -> None:
     import torch
 
     from tests.learner.megatron import tiny
 
-    sizes = SIZES | ({"head_dim": 32} if kind != "qwen2" else {}) | (EXPERTS if "moe" in kind else {}) | changes
-    return tiny.build(directory, kind, dtype=getattr(torch, dtype), **sizes)
+    experts = EXPERTS if "moe" in job.kind else {}
+    sizes = SIZES | ({"head_dim": 32} if job.kind != "qwen2" else {}) | experts | job.changes
+    tiny.build(directory, job.kind, dtype=getattr(torch, job.dtype), **sizes)
 
 
-def _beside(directory: Path, recompute: str, dtype: str, **parallel: Any) -> tuple[Measured, Measured]:
-    """What this rank's second update holds, and what is estimated for it."""
+def _beside(directory: Path, job: Job) -> tuple[Measured, Measured]:
+    """What an update of this rank holds after the first, and what is estimated for it."""
     from common.shape import read_shape
     from launch.estimate import rank_memory
     from learner.megatron.policy import Policy
@@ -106,17 +128,18 @@ def _beside(directory: Path, recompute: str, dtype: str, **parallel: Any) -> tup
 
     micros = tiny.micro_batches(LENGTHS)
     assert len(micros) == 1
-    learner = {"dtype": dtype, "recompute": recompute, "max_tokens_per_microbatch": micros[0].num_tokens}
+    learner = {"dtype": job.dtype, "recompute": job.recompute, "max_tokens_per_microbatch": micros[0].num_tokens}
     config = tiny.config(
         directory,
-        learner=learner | {"parallel": parallel},
+        learner=learner | {"parallel": job.parallel},
         data={"train": "x", "max_prompt_tokens": 64},
         sampling={"max_tokens": 64},
     )
     policy = Policy(config)
+    before = _tensor_bytes()
     policy.update(micros, tiny.masked_mean_loss)
-    num_updates = 1 if policy.share.num_ranks == 1 else UPDATES
-    peak = min(_peak_bytes(lambda: policy.update(micros, tiny.masked_mean_loss)) for _ in range(num_updates))
+    left = _tensor_bytes() - before  # what Megatron's layers keep until the next update
+    peak = left + _peak_bytes(lambda: policy.update(micros, tiny.masked_mean_loss))
     memory = rank_memory(config, read_shape(directory), 0)
     transient = memory.activations + max(memory.layer, memory.logits)
     return _held(policy, peak), Measured(memory.weights, memory.gradients, memory.optimizer, memory.snapshot, transient)
@@ -140,31 +163,30 @@ def _held(policy: Any, peak: int) -> Measured:
     )
 
 
-def _peak_bytes(work: Any) -> int:
-    """The most bytes that live at once above what lived before, as torch's CPU allocator tells."""
-    from torch.profiler import ProfilerActivity, profile
+def _tensor_bytes() -> int:
+    """Of the storages of all tensors that live."""
+    import torch
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    gc.collect()
+    found = (entry.untyped_storage() for entry in gc.get_objects() if isinstance(entry, torch.Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+
+def _peak_bytes(work: Callable[[], Any]) -> int:
+    """The most memory that is resident at once above what was before, as the kernel tells, in the least of some times.
+
+    The allocator's own reports miss what gloo's threads free.
+    """
+    peaks: list[int] = []
+    for _ in range(UPDATES):
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = _status_bytes("VmRSS")
         work()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+        peaks.append(_status_bytes("VmHWM") - before)
+    return min(peaks)
 
 
-def _apart(kind: str, recompute: str) -> tuple[Measured, Measured]:
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    child = context.Process(target=_measure, args=(there, kind, recompute))
-    child.start()
-    there.close()
-    result: tuple[Measured, Measured] = here.recv()
-    child.join()
-    return result
-
-
-def _measure(pipe: Connection, kind: str, recompute: str) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        pipe.send(measure(Path(directory), kind, recompute))
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
