@@ -10,6 +10,7 @@ from common.learning import LossConfig
 from common.sections import SamplingConfig
 from common.versions import Lineages, Version
 from learner.step import train_step
+from tests.groups import completion, grade, training_group
 from tests.learner.plain import PlainPolicy
 
 VOCAB = 12
@@ -35,36 +36,13 @@ def groups(num: int = 8, *, num_tokens: int | None = None) -> tuple[wire.Trainin
 
 
 def group(rng: np.random.Generator, visit: int, num_tokens: int | None) -> wire.TrainingGroup:
-    completions, grades = [], []
+    completions: list[wire.Completion] = []
+    grades: list[wire.Grade] = []
     for i in range(4):
         tokens = rng.integers(0, VOCAB, num_tokens or rng.integers(1, 9), dtype=np.int32)
-        logprobs = np.full(len(tokens), -2.0, np.float32)
-        spans = [wire.VersionSpan(len(tokens), Version(0, visit % 3))]
-        completions.append(
-            wire.Completion(
-                token_ids=wire.int_bytes(tokens),
-                logprobs=wire.float_bytes(logprobs),
-                versions=wire.span_bytes(spans),
-                finish_reason=wire.FinishReason.STOP,
-                seed=i,
-            )
-        )
-        right = float(tokens[-1] % 2 == 0)
-        outcome = wire.Outcome.CORRECT if right else wire.Outcome.WRONG
-        grades.append(wire.Grade(outcome=outcome, correct=right, reward=right))
-    prompt = wire.Prompt(id="set:1", source="set", token_ids=wire.int_bytes([4, 5]), answer="7", reward="exact")
-    made = wire.Group(
-        key=wire.LeaseKey(visit, 1),
-        generator="generator-0",
-        prompt_id=prompt.id,
-        answer=prompt.answer,
-        reward=prompt.reward,
-        completions=tuple(completions),
-        seconds=0.1,
-    )
-    return wire.TrainingGroup(
-        prompt=prompt, scored=wire.ScoredGroup(group=made, grades=tuple(grades), verifier="verifier-0")
-    )
+        completions.append(completion(tokens, np.full(len(tokens), -2.0), Version(0, visit % 3), seed=i))
+        grades.append(grade(float(tokens[-1] % 2 == 0)))
+    return training_group([4, 5], completions, grades, visit=visit)
 
 
 def step(config: Config = CONFIG, batch: tuple[wire.TrainingGroup, ...] | None = None) -> dict[str, float]:

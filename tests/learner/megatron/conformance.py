@@ -18,6 +18,7 @@ from learner.batch import completion_staleness, pack, step_sequences
 from learner.gspo import gspo_loss, proximal
 from learner.ranks import Ranks
 from learner.step import train_step
+from tests.groups import completion, grade, training_group
 from tests.learner.megatron import tiny
 from tests.learner.plain import PlainPolicy
 
@@ -141,35 +142,10 @@ def _group(rng: np.random.Generator, visit: int, size: int, reference: Any) -> w
         logprobs = np.minimum(sampled, 0).astype(np.float32)
         ends = sorted({max(1, len(response) // 2), len(response)})
         spans = [wire.VersionSpan(end, Version(0, min(8, (visit + i) % 9 + k))) for k, end in enumerate(ends)]
-        completions.append(
-            wire.Completion(
-                token_ids=wire.int_bytes(response),
-                logprobs=wire.float_bytes(logprobs),
-                versions=wire.span_bytes(spans),
-                finish_reason=wire.FinishReason.STOP,
-                seed=i,
-            )
-        )
-        grades.append(_grade(float(rng.integers(0, 2)), failed=visit == 4 and i == 2))
-    prompt = wire.Prompt(
-        id=f"set:{visit}", source="set", token_ids=wire.int_bytes(token_ids), answer="7", reward="exact"
-    )
-    group = wire.Group(
-        key=wire.LeaseKey(visit, 1),
-        generator="generator-0",
-        prompt_id=prompt.id,
-        answer=prompt.answer,
-        reward=prompt.reward,
-        completions=tuple(completions),
-        seconds=0.1,
-    )
-    scored = wire.ScoredGroup(group=group, grades=tuple(grades), verifier="verifier-0")
-    return wire.TrainingGroup(prompt=prompt, scored=scored)
-
-
-def _grade(correct: float, *, failed: bool) -> wire.Grade:
-    outcome = wire.Outcome.TIMEOUT if failed else wire.Outcome.CORRECT if correct else wire.Outcome.WRONG
-    return wire.Grade(outcome=outcome, correct=correct, reward=correct)
+        completions.append(completion(response, logprobs, spans, seed=i))
+        correct = float(rng.integers(0, 2))
+        grades.append(grade(None if visit == 4 and i == 2 else correct))
+    return training_group(token_ids, completions, grades, visit=visit, name=f"set:{visit}")
 
 
 def staleness_of(batch: tuple[wire.TrainingGroup, ...]) -> set[int]:
