@@ -15,6 +15,7 @@ from learner.ledger.evaluations import EvaluationChanges
 from learner.ledger.fleet import Fleet
 from learner.ledger.held import HeldRequests, Topic
 from learner.ledger.overlap import Overlap
+from learner.ledger.segments import sync_files
 from learner.ledger.store import Store
 from learner.ledger.visits import Changes
 
@@ -58,13 +59,24 @@ class Keeper:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @contextmanager
-    def stored(self) -> Generator[None]:
-        """What changes in the block is stored when it ends, and those whom it concerns look again."""
+    def stored(self, *, durable: bool = False) -> Generator[None]:
+        """What changes in the block is stored when it ends, and those whom it concerns look again.
+
+        What is `durable` survives the loss of the machine, as far as the groups are concerned after `sync`.
+        """
         with self.activity.working():
             yield
             changes, evaluations = self.ledger.drain(), self.evaluations.drain()
-            self.store.save(changes, evaluations)
+            self.store.save(changes, evaluations, durable=durable)
             self._wake(changes, evaluations)
+
+    async def sync(self) -> None:
+        """Groups that were stored before this survive the loss of the machine; others are served meanwhile.
+
+        Raises:
+            RunDirectoryError: The disk fails.
+        """
+        await asyncio.to_thread(sync_files, self.store.segments.take_unsynced())
 
     def revise(self) -> None:
         """The directory has changed."""

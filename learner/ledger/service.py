@@ -14,6 +14,7 @@ from learner.ledger.held import Topic
 from learner.ledger.judgement import ALL_RIGHT, ALL_WRONG
 from learner.ledger.keeper import Keeper
 from learner.ledger.leases import evaluation_lease, training_lease
+from learner.ledger.served import stored_group
 from learner.ledger.store import Store
 from learner.ledger.waits import batch_waits_for, evaluation_waits_for, lease_waits_for, run_waits_for
 
@@ -37,7 +38,7 @@ class LedgerService:
         self.keeper = Keeper(store, config, incarnation=incarnation)
         self._run, self._incarnation = run, incarnation
         self._lease_requests: dict[str, wire.LeaseRequest] = {}
-        self._handlers: dict[type, Callable[[Any], Awaitable[wire.Answer]]] = {
+        self._handlers: dict[type, Callable[[Any], Awaitable[wire.Message]]] = {
             wire.Hello: self._hello,
             wire.Beat: self._beat,
             wire.Watch: self._watch,
@@ -45,6 +46,7 @@ class LedgerService:
             wire.ScoredGroup: self._score,
             wire.Begin: self._begin,
             wire.Reserve: self._reserve,
+            wire.Fetch: self._fetch,
             wire.Commit: self._commit,
             wire.Publish: self._publish,
             wire.Checkpoint: self._checkpoint,
@@ -53,7 +55,7 @@ class LedgerService:
             wire.Status: self._status,
         }
 
-    async def handle(self, peer: bytes, request: wire.Request) -> wire.Answer:
+    async def handle(self, peer: bytes, request: wire.Request) -> wire.Message:
         """The answer to a request.
 
         Raises:
@@ -200,22 +202,33 @@ class LedgerService:
         return wire.Begun(version=version, branches=self.keeper.ledger.track.lineages.branches)
 
     async def _reserve(self, reserve: wire.Reserve) -> wire.Batch:
-        if groups := await self.keeper.held.wait(Topic.BATCH, lambda: self._batch(reserve)):
+        if visits := await self.keeper.held.wait(Topic.BATCH, lambda: self._batch(reserve)):
             self.keeper.overlap.begin_step(time.time())
-            return wire.Batch(version=reserve.version, groups=groups)
+            return wire.Batch(version=reserve.version, visits=visits)
         waiting_for = batch_waits_for(self.keeper.config, self.keeper.ledger, self.keeper.fleet)
-        return wire.Batch(version=reserve.version, groups=(), waiting_for=waiting_for or "its turn")
+        return wire.Batch(version=reserve.version, visits=(), waiting_for=waiting_for or "its turn")
 
-    def _batch(self, reserve: wire.Reserve) -> tuple[wire.TrainingGroup, ...]:
+    def _batch(self, reserve: wire.Reserve) -> tuple[int, ...]:
         with self.keeper.stored():
-            visits = self.keeper.ledger.reserve(reserve.version, reserve.num_groups)
-        return tuple(
-            wire.TrainingGroup(prompt=self.keeper.store.prompt(v.prompt), scored=self.keeper.store.payload(v.number))
-            for v in visits
-        )
+            return tuple(visit.number for visit in self.keeper.ledger.reserve(reserve.version, reserve.num_groups))
+
+    async def _fetch(self, fetch: wire.Fetch) -> wire.Message:
+        visit = self.keeper.ledger.reserved(fetch.version, fetch.visit)
+        if visit is None:
+            return wire.Fetched(group=None)
+        store = self.keeper.store
+        with self.keeper.activity.working():
+            if (scored := store.payload_bytes(visit.number)) is not None:
+                return stored_group(store.prompt_bytes(visit.prompt), scored)
+        reason = "the stored group is not there as it was stored"
+        logger().error("group_lost", visit=visit.number, where=str(store.where(visit.number)))
+        with self.keeper.stored():
+            self.keeper.ledger.lose(visit, reason)
+        return wire.Fetched(group=None)
 
     async def _commit(self, commit: wire.Commit) -> wire.Committed:
-        with self.keeper.stored():
+        await self.keeper.sync()
+        with self.keeper.stored(durable=True):
             sequence = self.keeper.ledger.commit(commit.version, commit.visits)
         self.keeper.overlap.end_step(time.time())
         version = str(commit.version.next())

@@ -1,12 +1,13 @@
 """The ledger's SQLite file: every change is one transaction, and a restart finds the state as it was stored.
 
-WAL with synchronous=NORMAL: a killed process loses nothing that was answered. What this does not do: survive the loss
-of the machine's memory without losing the last transactions (the file stays consistent).
+WAL: a killed process loses nothing that was answered. A step that was committed also survives the loss of the machine:
+`sync` first, then a transaction that is `durable`. What this does not do: what was answered after that may be lost with
+the machine (not with the process); the file stays consistent, and those visits are leased again.
 """
 
 import sqlite3
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from learner.ledger.evaluations import EvaluationChanges, Evaluations
 from learner.ledger.order import DataOrder, PromptRange
 from learner.ledger.routes import routes_check
 from learner.ledger.rows import evaluation_row, evaluation_visit_of, visit_of, visit_row
-from learner.ledger.schema import APPLICATION_ID, FILE, SCHEMA_VERSION, TABLES
+from learner.ledger.schema import APPLICATION_ID, FILE, SCHEMA_VERSION, SEGMENTS, TABLES
+from learner.ledger.segments import Place, Segments
 from learner.ledger.state import Ledger
-from learner.ledger.visits import ENDED, Changes, Head
+from learner.ledger.visits import Changes, Head, Visit
 
 
 class Store:
@@ -40,23 +42,26 @@ class Store:
             self._check_kind()
             if not read_only:
                 self._sql.execute("PRAGMA journal_mode=WAL")
-                self._sql.execute("PRAGMA synchronous=NORMAL")
                 self._sql.executescript(
                     f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {TABLES}"
                 )
+        self._places = self._read_places()
+        self.segments = Segments(run_dir / SEGMENTS, self._places.values(), read_only=read_only)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the files."""
         self._sql.close()
+        self.segments.close()
 
     @contextmanager
-    def transaction(self) -> Generator[sqlite3.Connection]:
-        """All statements in the block are stored, or none.
+    def transaction(self, *, durable: bool = False) -> Generator[sqlite3.Connection]:
+        """All statements in the block are stored, or none; if `durable`, they survive the loss of the machine.
 
         Raises:
             RunDirectoryError: The disk is full, or the file cannot be written.
         """
         with self._mapped():
+            self._sql.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._sql.execute("BEGIN IMMEDIATE")
             try:
                 yield self._sql
@@ -74,6 +79,11 @@ class Store:
         """All rows of a query."""
         with self._mapped():
             return self._sql.execute(query, values).fetchall()
+
+    def each(self, query: str) -> Iterator[tuple[Any, ...]]:
+        """The rows of a query, one at a time."""
+        with self._mapped(), closing(self._sql.execute(query)) as cursor:
+            yield from cursor
 
     def meta(self, key: str) -> bytes | None:
         """A value by name."""
@@ -95,19 +105,23 @@ class Store:
             put_meta(sql, "incarnation", str(incarnation).encode())
         return incarnation
 
-    def save(self, changes: Changes, evaluations: EvaluationChanges) -> None:
+    def save(self, changes: Changes, evaluations: EvaluationChanges, *, durable: bool = False) -> None:
         """Stores what a call changed, as one transaction."""
         if not changes and not evaluations:
             return
-        with self.transaction() as sql:
+        added = {visit: self.segments.append(payload) for visit, payload in changes.payloads.items()}
+        gone = [visit for visit in changes.freed if visit in self._places]
+        with self.transaction(durable=durable) as sql:
             if changes.head is not None:
                 put_meta(sql, "head", msgspec.json.encode(changes.head))
-            for statement, rows in _statements(changes, evaluations):
+            for statement, rows in _statements(changes.visits, gone, added, evaluations):
                 if rows:
                     sql.executemany(statement, rows)
             if evaluations.visits:
                 lowest = min(int(self.meta("lowest") or b"0"), *(v.number for v in evaluations.visits))
                 put_meta(sql, "lowest", str(lowest).encode())
+        self.segments.free([self._places.pop(visit) for visit in gone])
+        self._places |= added
 
     def save_manifest(self, manifest: wire.Manifest) -> None:
         """Keeps the newest published version."""
@@ -139,15 +153,38 @@ class Store:
         """Name, role and endpoint of those who were in the run."""
         return self.rows("SELECT name, role, endpoint FROM members")
 
-    def payload(self, visit: int) -> wire.ScoredGroup:
-        """The scored group of a visit."""
-        data = self.rows("SELECT data FROM payloads WHERE visit = ?", visit)[0][0]
-        return msgspec.msgpack.decode(data, type=wire.ScoredGroup)
+    def payload(self, visit: int) -> wire.ScoredGroup | None:
+        """The scored group of a visit; None where it cannot be read as it was stored."""
+        data = self.payload_bytes(visit)
+        return None if data is None else msgspec.msgpack.decode(data, type=wire.ScoredGroup)
+
+    def payload_bytes(self, visit: int) -> bytes | None:
+        """The same, encoded."""
+        return self.segments.read(self.where(visit))
+
+    def where(self, visit: int) -> Place:
+        """Where its payload is."""
+        return self._places[visit]
 
     def prompt(self, row: int) -> wire.Prompt:
         """The prompt in a row."""
-        data = self.rows("SELECT data FROM prompts WHERE id = ?", row)[0][0]
-        return msgspec.msgpack.decode(data, type=wire.Prompt)
+        return msgspec.msgpack.decode(self.prompt_bytes(row), type=wire.Prompt)
+
+    def prompt_bytes(self, row: int) -> bytes:
+        """The same, encoded."""
+        return self.rows("SELECT data FROM prompts WHERE id = ?", row)[0][0]
+
+    def num_cut_payloads(self) -> int:
+        """Payloads that cannot be whole, by the sizes of their files; those that are freed meanwhile do not count."""
+        before = self._read_places()
+        cut = {visit: place for visit, place in before.items() if self.segments.is_cut(place)}
+        after = self._read_places() if cut else {}
+        return sum(after.get(visit) == place for visit, place in cut.items())
+
+    def size_bytes(self) -> tuple[int, int]:
+        """Bytes on disk: of the SQLite file with its log, and of the scored groups."""
+        files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal"))
+        return sum(file.stat().st_size for file in files if file.exists()), self.segments.size_bytes()
 
     def ledger(self, config: Config, now: float) -> Ledger:
         """The state as it was stored; leases that were open have until a heartbeat's timeout from `now` to be renewed.
@@ -163,16 +200,18 @@ class Store:
             row = order.prompt(position)
             return row, rejected.get(row, "")
 
-        head = self.head()
-        kept = {number for (number,) in self.rows("SELECT visit FROM payloads")}
-        live, ended = [], []
-        for row in self.rows("SELECT * FROM visits ORDER BY number"):
-            visit = visit_of(row, now)
-            if visit.state in ENDED or (visit.state is wire.VisitState.TRAINED and visit.number not in kept):
-                ended.append((visit.number, visit.state))
-            else:
-                live.append(visit)
-        return Ledger(config, prompt_of, routes_check=check, head=head, live=live, ended=ended)
+        ended = self.each("SELECT number, state FROM visits_with_ends WHERE has_ended")
+        live = self.rows(
+            "SELECT * FROM visits WHERE number IN (SELECT number FROM visits_with_ends WHERE NOT has_ended)"
+        )
+        return Ledger(
+            config,
+            prompt_of,
+            routes_check=check,
+            head=self.head(),
+            live=[visit_of(row, now) for row in live],
+            ended=((number, wire.VisitState(state)) for number, state in ended),
+        )
 
     def filtered(self) -> dict[str, int]:
         """How many visits were filtered for each reason."""
@@ -213,6 +252,10 @@ class Store:
         ranges = [PromptRange(first, num_prompts, weight) for first, num_prompts, weight in files]
         return DataOrder(ranges, seed=config.seed, shuffle=config.data.shuffle)
 
+    def _read_places(self) -> dict[int, Place]:
+        rows = self.rows("SELECT visit, segment, offset, size_bytes, checksum FROM payloads")
+        return {visit: Place(*place) for visit, *place in rows}
+
     def _check_kind(self) -> None:
         found = self._sql.execute("PRAGMA application_id").fetchone()[0]
         version = self._sql.execute("PRAGMA user_version").fetchone()[0]
@@ -238,12 +281,14 @@ def put_meta(sql: sqlite3.Connection, key: str, value: bytes) -> None:
     sql.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (key, value))
 
 
-def _statements(changes: Changes, evaluations: EvaluationChanges) -> list[tuple[str, list[tuple[object, ...]]]]:
+def _statements(
+    visits: list[Visit], gone: list[int], added: dict[int, Place], evaluations: EvaluationChanges
+) -> list[tuple[str, list[tuple[object, ...]]]]:
     """What a call changed, as statements in order, each with its rows."""
     return [
-        ("INSERT OR REPLACE INTO visits VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", [visit_row(v) for v in changes.visits]),
-        ("DELETE FROM payloads WHERE visit = ?", [(number,) for number in changes.freed]),
-        ("INSERT OR REPLACE INTO payloads VALUES (?,?)", list(changes.payloads.items())),
+        ("INSERT OR REPLACE INTO visits VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", [visit_row(v) for v in visits]),
+        ("DELETE FROM payloads WHERE visit = ?", [(number,) for number in gone]),
+        ("INSERT INTO payloads VALUES (?,?,?,?,?)", [(visit, *place) for visit, place in added.items()]),
         (
             "INSERT OR REPLACE INTO evaluation_visits VALUES (?,?,?,?,?,?,?,?,?,?)",
             [evaluation_row(v) for v in evaluations.visits],
