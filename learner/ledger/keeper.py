@@ -15,12 +15,13 @@ from learner.ledger.evaluations import EvaluationChanges
 from learner.ledger.fleet import Fleet
 from learner.ledger.held import HeldRequests, Topic
 from learner.ledger.overlap import Overlap
-from learner.ledger.segments import sync_files
 from learner.ledger.store import Store
 from learner.ledger.visits import Changes
 
 TICK_S = 0.5
 LATE_S = 1.0
+LOG_S = 1.0
+MAX_LOG_BYTES = 64 << 20
 _REVISIONS = 1 << 32
 _OPEN = (VisitState.LEASED, VisitState.SCORED, VisitState.RESERVED)
 
@@ -59,24 +60,32 @@ class Keeper:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @contextmanager
-    def stored(self, *, durable: bool = False) -> Generator[None]:
-        """What changes in the block is stored when it ends, and those whom it concerns look again.
-
-        What is `durable` survives the loss of the machine, as far as the groups are concerned after `sync`.
-        """
+    def stored(self) -> Generator[None]:
+        """What changes in the block is stored when it ends, and those whom it concerns look again."""
         with self.activity.working():
             yield
             changes, evaluations = self.ledger.drain(), self.evaluations.drain()
-            self.store.save(changes, evaluations, durable=durable)
+            self.store.save(changes, evaluations)
             self._wake(changes, evaluations)
 
     async def sync(self) -> None:
-        """Groups that were stored before this survive the loss of the machine; others are served meanwhile.
+        """What is stored by now survives the loss of the machine; others are answered meanwhile.
 
         Raises:
             RunDirectoryError: The disk fails.
         """
-        await asyncio.to_thread(sync_files, self.store.segments.take_unsynced())
+        await asyncio.to_thread(self.store.sync())
+
+    async def keep_log_short(self) -> None:
+        """Moves what is stored from the log into the file, beside all else, until cancelled."""
+        move = self.store.keep_log_short()
+        try:
+            while True:
+                await asyncio.sleep(LOG_S)
+                if await asyncio.to_thread(move) > MAX_LOG_BYTES:
+                    self.store.cut_log()
+        except RunDirectoryError as error:
+            self.fail(error)
 
     def revise(self) -> None:
         """The directory has changed."""

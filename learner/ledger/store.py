@@ -1,94 +1,56 @@
-"""The ledger's SQLite file: every change is one transaction, and a restart finds the state as it was stored.
+"""The ledger on disk: every change is one transaction, and a restart finds the state as it was stored.
 
-WAL: a killed process loses nothing that was answered. A step that was committed also survives the loss of the machine:
-`sync` first, then a transaction that is `durable`. What this does not do: what was answered after that may be lost with
-the machine (not with the process); the file stays consistent, and those visits are leased again.
+The accounts are in a SQLite file, the scored groups in segment files beside it.
 """
 
-import sqlite3
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from common import wire
 from common.config import Config
 from common.errors import DataError, RunDirectoryError
+from learner.ledger.database import Database, put_meta
 from learner.ledger.evaluations import EvaluationChanges, Evaluations
 from learner.ledger.order import DataOrder, PromptRange
 from learner.ledger.routes import routes_check
 from learner.ledger.rows import evaluation_row, evaluation_visit_of, visit_of, visit_row
-from learner.ledger.schema import APPLICATION_ID, FILE, SCHEMA_VERSION, SEGMENTS, TABLES
-from learner.ledger.segments import Place, Segments
+from learner.ledger.schema import SEGMENTS
+from learner.ledger.segments import Place, Segments, sync_files
 from learner.ledger.state import Ledger
 from learner.ledger.visits import Changes, Head, Visit
 
 
-class Store:
-    """The file of one run."""
+class Store(Database):
+    """The files of one run.
+
+    Attributes:
+        segments: Those of the scored groups.
+    """
 
     def __init__(self, run_dir: Path, *, read_only: bool = False) -> None:
-        """Opens the run's file, or makes it.
+        """Opens the run's files, or makes them.
 
         Raises:
-            RunDirectoryError: It is not a ledger, of another schema, broken, or cannot be written.
+            RunDirectoryError: They are not a ledger's, of another schema, broken, or cannot be written.
         """
-        self.path = run_dir / FILE
-        with self._mapped():
-            mode = "ro" if read_only else "rwc"
-            self._sql = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
-            self._check_kind()
-            if not read_only:
-                self._sql.execute("PRAGMA journal_mode=WAL")
-                self._sql.executescript(
-                    f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {TABLES}"
-                )
+        super().__init__(run_dir, read_only=read_only)
         self._places = self._read_places()
         self.segments = Segments(run_dir / SEGMENTS, self._places.values(), read_only=read_only)
 
     def close(self) -> None:
         """Closes the files."""
-        self._sql.close()
+        super().close()
         self.segments.close()
 
-    @contextmanager
-    def transaction(self, *, durable: bool = False) -> Generator[sqlite3.Connection]:
-        """All statements in the block are stored, or none; if `durable`, they survive the loss of the machine.
+    def sync(self) -> Callable[[], None]:
+        """What makes all that is stored by now survive the loss of the machine; any thread may call it, which waits.
 
-        Raises:
-            RunDirectoryError: The disk is full, or the file cannot be written.
+        It raises RunDirectoryError where the disk fails.
         """
-        with self._mapped():
-            self._sql.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            self._sql.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._sql
-            except BaseException:
-                self._sql.rollback()
-                raise
-            self._sql.commit()
-
-    def begin_reading(self) -> None:
-        """All later queries see the file as it is now; for a reader that changes nothing."""
-        with self._mapped():
-            self._sql.execute("BEGIN")
-
-    def rows(self, query: str, *values: object) -> list[Any]:
-        """All rows of a query."""
-        with self._mapped():
-            return self._sql.execute(query, values).fetchall()
-
-    def each(self, query: str) -> Iterator[tuple[Any, ...]]:
-        """The rows of a query, one at a time."""
-        with self._mapped(), closing(self._sql.execute(query)) as cursor:
-            yield from cursor
-
-    def meta(self, key: str) -> bytes | None:
-        """A value by name."""
-        rows = self.rows("SELECT value FROM meta WHERE key = ?", key)
-        return rows[0][0] if rows else None
+        return partial(sync_files, [*self.segments.take_unsynced(), self.log])  # the log speaks of the groups
 
     def identify(self, run: str) -> int:
         """Checks or sets the run that the file belongs to; returns how often the ledger has started, this one included.
@@ -105,13 +67,13 @@ class Store:
             put_meta(sql, "incarnation", str(incarnation).encode())
         return incarnation
 
-    def save(self, changes: Changes, evaluations: EvaluationChanges, *, durable: bool = False) -> None:
+    def save(self, changes: Changes, evaluations: EvaluationChanges) -> None:
         """Stores what a call changed, as one transaction."""
         if not changes and not evaluations:
             return
         added = {visit: self.segments.append(payload) for visit, payload in changes.payloads.items()}
         gone = [visit for visit in changes.freed if visit in self._places]
-        with self.transaction(durable=durable) as sql:
+        with self.transaction() as sql:
             if changes.head is not None:
                 put_meta(sql, "head", msgspec.json.encode(changes.head))
             for statement, rows in _statements(changes.visits, gone, added, evaluations):
@@ -183,8 +145,7 @@ class Store:
 
     def size_bytes(self) -> tuple[int, int]:
         """Bytes on disk: of the SQLite file with its log, and of the scored groups."""
-        files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal"))
-        return sum(file.stat().st_size for file in files if file.exists()), self.segments.size_bytes()
+        return sum(f.stat().st_size for f in (self.path, self.log) if f.exists()), self.segments.size_bytes()
 
     def ledger(self, config: Config, now: float) -> Ledger:
         """The state as it was stored; leases that were open have until a heartbeat's timeout from `now` to be renewed.
@@ -255,30 +216,6 @@ class Store:
     def _read_places(self) -> dict[int, Place]:
         rows = self.rows("SELECT visit, segment, offset, size_bytes, checksum FROM payloads")
         return {visit: Place(*place) for visit, *place in rows}
-
-    def _check_kind(self) -> None:
-        found = self._sql.execute("PRAGMA application_id").fetchone()[0]
-        version = self._sql.execute("PRAGMA user_version").fetchone()[0]
-        empty = not self._sql.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-        if not empty and (found != APPLICATION_ID or version != SCHEMA_VERSION):
-            self._sql.close()
-            raise RunDirectoryError(
-                f"{self.path}: found schema {version} of application {found:#x}, "
-                f"expected schema {SCHEMA_VERSION} of a ledger"
-            )
-
-    @contextmanager
-    def _mapped(self) -> Generator[None]:
-        """SQLite's errors as RunDirectoryError."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise RunDirectoryError(f"{self.path}: cannot be used: {error}") from error
-
-
-def put_meta(sql: sqlite3.Connection, key: str, value: bytes) -> None:
-    """Sets a value by name, inside a transaction."""
-    sql.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (key, value))
 
 
 def _statements(

@@ -1,232 +1,197 @@
-"""The ledger on one core beside a busy learner: groups through their whole life, the wait for a lease, a large fleet.
+"""The ledger on one core beside a busy learner: groups through their whole life, leases, a large fleet, memory.
 
-The load generator plays generators, verifiers and the learner; it shares the other core with a process that multiplies
-matrices all the time. What it does not do: sample, grade or train.
+The load generator plays generators, verifiers and the learner, and samples, grades and trains nothing. It shares the
+other cores with a process that multiplies matrices all the time.
 """
 
 import asyncio
-import multiprocessing
-import os
-import subprocess
-import sys
+import contextlib
 import tempfile
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import psutil
 
 from common import wire
 from common.config import Config
-from common.layout import write_resolved
 from common.learning import LearnerConfig, LossConfig
-from common.rendezvous import RunKeys
 from common.transport import Client, ledger_client
-from common.versions import Version
 from learner.ledger.store import Store
-from tests.bench.report import Figure
-from tests.groups import completion, grade
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-GROUP_SIZE, TOKENS = 16, 1000
-NUM_GROUPS = 4000
-NUM_PROMPTS = 1000
-CHECKPOINT_EVERY = 10
-LANES = 24
-CONFIG = Config(
-    group_size=GROUP_SIZE,
-    groups_per_step=64,
-    updates_per_step=4,
-    max_staleness=4,
-    learner=LearnerConfig(checkpoint_every=CHECKPOINT_EVERY),
-    loss=LossConfig(filter_uniform=False),
+from tests.bench.ledger_load import (
+    CHECKPOINT_EVERY,
+    VERIFIER,
+    Lane,
+    LedgerProcess,
+    LoadLearner,
+    busy_learner,
+    write_prompts,
 )
+from tests.bench.report import Figure
+
+NUM_LANES, NUM_GROUPS = 24, 4000
+PACED_S, PACED_GROUPS_PER_S = 20.0, 100
+NUM_GENERATORS, NUM_CONNECTIONS, FLEET_S, SAMPLE_S = 10_000, 50, 60.0, 90.0
+MANY_GROUPS = 1_000_000
+LEARNER = LearnerConfig(checkpoint_every=CHECKPOINT_EVERY)
+UNFILTERED = LossConfig(filter_uniform=False)
+LIFE = Config(group_size=16, groups_per_step=64, updates_per_step=4, max_staleness=4, learner=LEARNER, loss=UNFILTERED)
+FLEET = Config(
+    group_size=2, groups_per_step=2048, updates_per_step=1, max_staleness=8, learner=LEARNER, loss=UNFILTERED
+)
+MANY = Config(group_size=2, groups_per_step=64, updates_per_step=1, max_staleness=4, learner=LEARNER, loss=UNFILTERED)
 
 
 def run() -> list[Figure]:
     """Measures the ledger."""
-    with _busy_learner(), _ledger(CONFIG) as run_dir:
-        rate, cpu = asyncio.run(_whole_lives(run_dir))
+    with busy_learner():
+        whole, paced = asyncio.run(_whole_lives()), asyncio.run(_paced())
+    return [*whole, *paced, *asyncio.run(_fleet()), *_many_groups()]
+
+
+async def _whole_lives() -> list[Figure]:
+    """As fast as it goes: leased, sent, stored, served to the learner, trained and freed."""
+    with LedgerProcess(LIFE) as ledger:
+        async with ledger_client(ledger.run_dir) as client, ledger_client(ledger.run_dir) as learners:
+            learner = LoadLearner(ledger.run, learners, LIFE)
+            lanes = [Lane(f"generator-{i}", ledger.run, client, LIFE, 1000) for i in range(NUM_LANES)]
+            async with _fleet_of(lanes, learner, client, ledger.run) as tasks:
+                tasks += [asyncio.create_task(lane.work(learner, room=2)) for lane in lanes]
+                for _ in range(3):
+                    await learner.step()
+                began, before, trained = time.monotonic(), ledger.cpu_s(), learner.num_trained
+                while learner.num_trained - trained < NUM_GROUPS:
+                    await learner.step()
+                seconds, cpu_s, num = time.monotonic() - began, ledger.cpu_s() - before, learner.num_trained - trained
     return [
-        Figure("groups of 16 x 1,000 tokens through their whole life", rate, "groups/s", "target 500"),
-        Figure("the ledger's own processor time, a group", cpu * 1e3, "ms"),
+        Figure("groups of 16 x 1,000 tokens, leased to freed", num / seconds, "groups/s", "target 500"),
+        Figure("processor time of the ledger, a group", cpu_s / num * 1e3, "ms"),
     ]
 
 
-async def _whole_lives(run_dir: Path) -> tuple[float, float]:
-    """Groups a second from lease to trained, and the ledger's processor seconds a group."""
-    process = _process(run_dir)
-    async with ledger_client(run_dir) as client, ledger_client(run_dir) as learners:
-        load = Load(run_dir, client)
-        learner = LoadLearner(learners)
-        await load.join()
-        await learner.begin()
-        lanes = [asyncio.create_task(load.lane(learner)) for _ in range(LANES)]
-        for _ in range(3):
-            await learner.step()
-        began, before, trained = time.monotonic(), _cpu_s(process), learner.num_trained
-        while learner.num_trained - trained < NUM_GROUPS:
-            await learner.step()
-        seconds, cpu, num = time.monotonic() - began, _cpu_s(process) - before, learner.num_trained - trained
+async def _paced() -> list[Figure]:
+    """The wait for a lease while groups come, batches go and steps are committed at a steady pace."""
+    with LedgerProcess(LIFE) as ledger:
+        async with ledger_client(ledger.run_dir) as client, ledger_client(ledger.run_dir) as learners:
+            learner = LoadLearner(ledger.run, learners, LIFE)
+            num_lanes = PACED_GROUPS_PER_S // 2
+            lanes = [Lane(f"generator-{i}", ledger.run, client, LIFE, 1000) for i in range(num_lanes)]
+            async with _fleet_of(lanes, learner, client, ledger.run) as tasks:
+                tasks += [asyncio.create_task(lane.work(learner, room=1, sample_s=0.5)) for lane in lanes]
+                tasks.append(asyncio.create_task(_forever(learner)))
+                await asyncio.sleep(PACED_S)
+            rate = learner.num_trained / PACED_S
+    waits = [seconds for lane in lanes for seconds in lane.lease_s]
+    beats = [seconds for lane in lanes for seconds in lane.beat_s]
+    return [
+        Figure(f"lease, 99th percentile of {len(waits)}, at {rate:.0f} groups/s", _p99_ms(waits), "ms", "target 10"),
+        Figure("lease, median", float(np.median(waits)) * 1e3, "ms"),
+        Figure("beat, 99th percentile", _p99_ms(beats), "ms"),
+    ]
+
+
+async def _fleet() -> list[Figure]:
+    """Ten thousand generators that each sample a group for a minute and a half, over fifty connections."""
+    async with contextlib.AsyncExitStack() as stack:
+        ledger = stack.enter_context(LedgerProcess(FLEET))
+        clients = [await stack.enter_async_context(ledger_client(ledger.run_dir)) for _ in range(NUM_CONNECTIONS + 1)]
+        learner = LoadLearner(ledger.run, clients[-1], FLEET)
+        lanes = [
+            Lane(f"generator-{i}", ledger.run, clients[i % NUM_CONNECTIONS], FLEET, 20) for i in range(NUM_GENERATORS)
+        ]
+        tasks = await stack.enter_async_context(_fleet_of(lanes, learner, clients[0], ledger.run))
         for lane in lanes:
-            lane.cancel()
-        await asyncio.gather(*lanes, return_exceptions=True)
-    return num / seconds, cpu / num
+            tasks += [asyncio.create_task(lane.watch()), asyncio.create_task(lane.work(learner, 1, SAMPLE_S))]
+            await asyncio.sleep(SAMPLE_S / NUM_GENERATORS)  # else all of them end at the same moment
+        tasks.append(asyncio.create_task(_forever(learner)))
+        for lane in lanes:
+            lane.lease_s.clear()
+            lane.beat_s.clear()
+        began, before, trained = time.monotonic(), ledger.cpu_s(), learner.num_trained
+        await asyncio.sleep(FLEET_S)
+        seconds, cpu_s, num = time.monotonic() - began, ledger.cpu_s() - before, learner.num_trained - trained
+        report = await learner.status()
+        memory_bytes = ledger.memory_bytes()
+    num_alive = sum(member.role is wire.Role.GENERATOR for member in report.members)
+    num_lapsed = report.accounts["waiting"] + report.accounts["quarantined"]
+    leases = [seconds for lane in lanes for seconds in lane.lease_s]
+    beats = [seconds for lane in lanes for seconds in lane.beat_s]
+    return [
+        Figure(
+            f"generators alive after {seconds:.0f} s", num_alive, "", f"of {NUM_GENERATORS:,}; {num_lapsed} leases lost"
+        ),
+        Figure("their beats", len(beats) / seconds, "/s"),
+        Figure("their leases", len(leases) / seconds, "/s", f"{num / seconds:.0f} groups/s trained"),
+        Figure("beat, 99th percentile", _p99_ms(beats), "ms"),
+        Figure("lease, 99th percentile", _p99_ms(leases), "ms"),
+        Figure("of one core", cpu_s / seconds, "busy"),
+        Figure("memory of the ledger", memory_bytes / 2**20, "MiB"),
+    ]
 
 
-class Load:
-    """Generators and verifiers without engines and graders."""
-
-    def __init__(self, run_dir: Path, client: Client) -> None:
-        rng = np.random.default_rng(0)
-        self._run, self._client = RunKeys.load(run_dir).public, client
-        self._tokens = rng.integers(0, 150_000, (GROUP_SIZE, TOKENS), dtype=np.int32)
-        self._logprobs = -rng.exponential(size=(GROUP_SIZE, TOKENS)).astype(np.float32)
-
-    async def join(self) -> None:
-        for role, name in ((wire.Role.GENERATOR, "generator-0"), (wire.Role.VERIFIER, "verifier-0")):
-            endpoint = "tcp://127.0.0.1:1" if role is wire.Role.VERIFIER else ""
-            hello = wire.Hello(role=role, name=name, run=self._run, endpoint=endpoint)
-            await self._client.ask(hello, wire.Welcome, deadline_s=30)
-        self._beats = asyncio.create_task(self._beat())
-
-    async def _beat(self) -> None:
-        while True:
-            for role, name in ((wire.Role.GENERATOR, "generator-0"), (wire.Role.VERIFIER, "verifier-0")):
-                await self._client.ask(wire.Beat(role=role, name=name), wire.BeatAnswer, deadline_s=30)
-            await asyncio.sleep(1)
-
-    async def lane(self, learner: "LoadLearner") -> None:
-        while True:
-            version = learner.version
-            request = wire.LeaseRequest(name="generator-0", version=version, room=2)
-            for lease in (await self._client.ask(request, wire.Leases, deadline_s=60)).leases:
-                verdict = await self._client.ask(self.scored(lease.key, version), wire.Verdict, deadline_s=60)
-                assert verdict.status == "stored", verdict
-
-    def scored(self, key: wire.LeaseKey, version: Version) -> wire.ScoredGroup:
-        completions = tuple(
-            completion(tokens, logprobs, version, seed=i)
-            for i, (tokens, logprobs) in enumerate(zip(self._tokens, self._logprobs, strict=True))
-        )
-        group = wire.Group(
-            key=key,
-            generator="generator-0",
-            prompt_id="train/p/1",
-            answer="7",
-            reward="math",
-            completions=completions,
-            seconds=1.0,
-        )
-        grades = tuple(grade(float(i % 2)) for i in range(GROUP_SIZE))
-        return wire.ScoredGroup(group=group, grades=grades, verifier="verifier-0")
-
-
-class LoadLearner:
-    """A learner that trains nothing."""
-
-    def __init__(self, client: Client) -> None:
-        self._client, self._fetching = client, asyncio.Semaphore(4)
-        self.version, self.num_trained = Version(0, 0), 0
-
-    async def begin(self) -> None:
-        self.version = (await self._client.ask(wire.Begin(checkpoint=None), wire.Begun, deadline_s=30)).version
-        await self._publish()
-
-    async def step(self) -> None:
-        visits: tuple[int, ...] = ()
-        while not visits:
-            request = wire.Reserve(version=self.version, num_groups=CONFIG.groups_per_step)
-            visits = (await self._client.ask(request, wire.Batch, deadline_s=60)).visits
-        await asyncio.gather(*map(self._fetch, visits))
-        await self._client.ask(wire.Commit(version=self.version, visits=visits), wire.Committed, deadline_s=60)
-        self.version, self.num_trained = self.version.next(), self.num_trained + len(visits)
-        await self._publish()
-        if self.version.number % CHECKPOINT_EVERY == 0:
-            await self._client.ask(wire.Checkpoint(version=self.version), wire.Done, deadline_s=60)
-
-    async def _fetch(self, visit: int) -> None:
-        async with self._fetching:
-            fetch = wire.Fetch(version=self.version, visit=visit)
-            fetched = await self._client.ask(fetch, wire.Fetched, deadline_s=60)
-            assert fetched.group is not None
-
-    async def _publish(self) -> None:
-        manifest = wire.Manifest(
-            version=self.version, path="/nowhere", size_bytes=1, probe_token_ids=b"", probe_logprobs=b""
-        )
-        await self._client.ask(wire.Publish(manifest=manifest), wire.Done, deadline_s=30)
-
-
-@contextmanager
-def _ledger(config: Config) -> Generator[Path]:
-    """The real ledger, on the first core; this process on the others."""
+def _many_groups() -> list[Figure]:
+    """A million groups through the state machine and the file, in this process."""
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory)
-        write_resolved(config, run_dir)
-        RunKeys.create(run_dir)
         write_prompts(run_dir)
-        command = [sys.executable, "-m", "learner.ledger", str(run_dir)]
-        with (run_dir / "out").open("w") as out:
-            process = subprocess.Popen(command, cwd=REPOSITORY, stdout=out, stderr=out)
-        (run_dir / "pid").write_text(str(process.pid))
-        first, *others = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(process.pid, {first})
-        os.sched_setaffinity(0, others)
-        try:
-            yield run_dir
-        finally:
-            os.sched_setaffinity(0, {first, *others})
-            process.terminate()
-            process.wait(30)
+        store = Store(run_dir)
+        ledger, evaluations = store.ledger(MANY, 0.0), store.evaluations(MANY, 0.0)
+        version = ledger.begin(None)
+        lane = Lane("generator-0", "", cast(Client, None), MANY, 4)
+        memory: dict[int, int] = {}
+        num_trained, began = 0, time.monotonic()
+        while num_trained < MANY_GROUPS:
+            for visit in ledger.grant("generator-0", version, MANY.groups_per_step, 0.0):
+                scored = lane.scored(visit.key, version)
+                ledger.store(scored, wire.encode(scored))
+            batch = ledger.reserve(version, MANY.groups_per_step)
+            ledger.commit(version, tuple(visit.number for visit in batch))
+            version, num_trained = version.next(), num_trained + len(batch)
+            if version.number % CHECKPOINT_EVERY == 0:
+                ledger.checkpoint(version)
+            store.save(ledger.drain(), evaluations.drain())
+            memory[num_trained] = psutil.Process().memory_info().rss
+        seconds, (of_accounts, of_groups) = time.monotonic() - began, store.size_bytes()
+        store.close()
+        began = time.monotonic()
+        Store(run_dir).ledger(MANY, 0.0)
+        reading_s = time.monotonic() - began
+    early = min(size for num, size in memory.items() if num >= MANY_GROUPS // 10)
+    return [
+        Figure("memory over a million groups, after the 100,000th", (max(memory.values()) - early) / 2**20, "MiB more"),
+        Figure("accounts on disk, a visit", of_accounts / MANY_GROUPS, "B", f"{of_groups / 1e6:.1f} MB of groups kept"),
+        Figure("reading them back after a crash", reading_s, "s", f"written in {seconds:.0f} s"),
+    ]
 
 
-def write_prompts(run_dir: Path) -> None:
-    """Prompts of 200 tokens, as if they had been read from a file."""
-    store = Store(run_dir)
-    with store.transaction() as sql:
-        sql.execute("INSERT INTO files VALUES (0, 'train', 'p', 'p', '', 1.0, ?)", (NUM_PROMPTS,))
-        for row in range(NUM_PROMPTS):
-            prompt = wire.Prompt(
-                id=f"train/p/{row}",
-                source="p",
-                token_ids=wire.int_bytes(np.arange(200, dtype=np.int32)),
-                answer="7",
-                reward="math",
-            )
-            sql.execute("INSERT INTO prompts VALUES (?, 0, ?, ?, '', ?)", (row, row, wire.encode(prompt), b""))
-        sql.execute("INSERT INTO meta VALUES ('prepared', x'00')")
-    store.close()
-
-
-@contextmanager
-def _busy_learner() -> Generator[None]:
-    process = multiprocessing.get_context("spawn").Process(target=_multiply)
-    process.start()
-    assert process.pid is not None
-    os.sched_setaffinity(process.pid, set(sorted(os.sched_getaffinity(0))[1:]))
+@contextlib.asynccontextmanager
+async def _fleet_of(
+    lanes: list[Lane], learner: LoadLearner, client: Client, run: str
+) -> AsyncGenerator[list[asyncio.Task[None]]]:
+    """Everyone has joined and beats; what is added to the list ends with the block."""
+    verifier = Lane(VERIFIER, run, client, LIFE, 1)
+    await verifier.join(wire.Role.VERIFIER)
+    await learner.begin()
+    tasks = [asyncio.create_task(verifier.beat(wire.Role.VERIFIER)), asyncio.create_task(learner.beat())]
     try:
-        yield
+        for lane in lanes:
+            await lane.join()
+            tasks.append(asyncio.create_task(lane.beat()))
+        yield tasks
+        for task in tasks:
+            assert not task.done(), task
     finally:
-        process.kill()
-        process.join()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _multiply() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    matrix = torch.randn(512, 512)
+async def _forever(learner: LoadLearner) -> None:
     while True:
-        torch.mm(matrix, matrix)
+        await learner.step()
 
 
-def _process(run_dir: Path) -> psutil.Process:
-    return psutil.Process(int((run_dir / "pid").read_text()))
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
+def _p99_ms(seconds: list[float]) -> float:
+    return float(np.percentile(seconds, 99)) * 1e3
