@@ -1,7 +1,7 @@
 """Requests and answers over ZeroMQ: a DEALER asks, a ROUTER answers, both under CURVE.
 
 Frames: [request id, message] there, [request id, message] back. An empty message back says "still at it": a service
-sends one every second for each request it holds, so that a slow peer is never mistaken for a dead one, and silence
+sends one every two seconds for each request it holds, so that a slow peer is never mistaken for a dead one, and silence
 always means trouble. Requests may be re-sent with the same meaning: every message that must not be lost is idempotent.
 
 What this does not do: it keeps no request across a crash of the client (who asks again), and high-water marks are not
@@ -26,7 +26,7 @@ from common.errors import DeadlineError, RefusedError, RunDirectoryError, Silenc
 from common.log import logger
 from common.rendezvous import Rendezvous, RunKeys
 
-KEEPALIVE_S = 1.0
+KEEPALIVE_S = 2.0
 SILENCE_S = 5.0
 _HEARTBEAT_MS = 2_000
 
