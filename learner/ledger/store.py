@@ -16,7 +16,7 @@ from common import wire
 from common.config import Config
 from common.errors import DataError, RunDirectoryError
 from learner.ledger.evaluations import EvaluationChanges, Evaluations
-from learner.ledger.order import DataOrder, PromptRange
+from learner.ledger.order import DataOrder, Epochs, PromptRange
 from learner.ledger.routes import routes_check
 from learner.ledger.rows import evaluation_row, evaluation_visit_of, visit_of, visit_row
 from learner.ledger.schema import APPLICATION_ID, FILE, SCHEMA_VERSION, TABLES
@@ -173,6 +173,11 @@ class Store:
             else:
                 live.append(visit)
         return Ledger(config, prompt_of, routes_check=check, head=head, live=live, ended=ended)
+
+    def epochs(self) -> Epochs:
+        """Counts epochs of the prompts to train on."""
+        files = self.rows("SELECT source, num_prompts, weight FROM files WHERE split = 'train' ORDER BY id")
+        return Epochs({name: PromptRange(0, num_prompts, weight) for name, num_prompts, weight in files})
 
     def filtered(self) -> dict[str, int]:
         """How many visits were filtered for each reason."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.bench.report import Figure, page, table
 
-BENCHMARKS = ("wire", "packing", "logprobs", "memory", "learner", "routing", "local")
+BENCHMARKS = ("wire", "packing", "logprobs", "memory", "learner", "routing", "saving", "local")
 
 
 def main() -> None:
