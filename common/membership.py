@@ -1,4 +1,4 @@
-"""How a process belongs to a run: it says hello to the ledger and then beats, once a second."""
+"""How a process belongs to a run: it says hello to the ledger and then beats, as often as the ledger asks for."""
 
 import asyncio
 import time
@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from common import wire
 from common.transport import Client
-
-BEAT_S = 1.0
 
 
 class Activity:
@@ -111,4 +109,4 @@ class Membership:
                 await self.join()
             if answer.cancelled:
                 self._cancel(answer.cancelled)
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(answer.next_s)

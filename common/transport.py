@@ -31,7 +31,7 @@ SILENCE_S = 5.0
 _HEARTBEAT_MS = 2_000
 
 A = TypeVar("A", bound=wire.Message)
-Handler = Callable[[bytes, wire.Request], Awaitable[wire.Answer]]
+Handler = Callable[[bytes, wire.Request], Awaitable[wire.Message]]
 
 
 def _secure(socket: zmq.asyncio.Socket, keys: RunKeys | None, *, server: bool) -> None:

@@ -16,6 +16,8 @@ from common.rendezvous import RunKeys
 from common.transport import Client, ledger_client
 from common.versions import Lineages, Version
 
+_NUM_FETCHES = 4
+
 T = TypeVar("T")
 A = TypeVar("A", bound=wire.Message)
 
@@ -85,13 +87,26 @@ class LedgerLink:
         waiting_for, since = "", time.monotonic()
         while not self._should_stop():
             batch = self._ask(wire.Reserve(version=version, num_groups=num_groups), wire.Batch)
-            if batch.groups:
-                return batch.groups
+            if batch.visits and (groups := self._run(self._fetch_all(version, batch.visits))):
+                return groups
             if batch.waiting_for != waiting_for:
                 waiting_for, since = batch.waiting_for, time.monotonic()
             elif time.monotonic() - since > self._stall_timeout_s:
                 raise StallError(f"the learner waited {self._stall_timeout_s:g} s for {waiting_for}")
         return None
+
+    async def _fetch_all(self, version: Version, visits: tuple[int, ...]) -> tuple[wire.TrainingGroup, ...]:
+        """The groups of a batch, a few at a time: one may have tens of megabytes. Empty where the ledger lost one."""
+        assert self._client is not None
+        client, room = self._client, asyncio.Semaphore(_NUM_FETCHES)
+
+        async def fetch(visit: int) -> wire.TrainingGroup | None:
+            async with room:
+                request = wire.Fetch(version=version, visit=visit)
+                return (await client.ask(request, wire.Fetched, deadline_s=self._stall_timeout_s)).group
+
+        groups = await asyncio.gather(*map(fetch, visits))
+        return tuple(group for group in groups if group is not None) if None not in groups else ()
 
     def commit(self, version: Version, groups: tuple[wire.TrainingGroup, ...]) -> wire.Committed:
         """Tells the ledger that the step from `version` trained `groups`; returns what a checkpoint says of it."""

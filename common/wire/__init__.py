@@ -16,6 +16,7 @@ A request and its answer:
     verifier     ledger     ScoredGroup    Verdict
     learner      ledger     Begin          Begun
     learner      ledger     Reserve        Batch          (held until it is whole)
+    learner      ledger     Fetch          Fetched
     learner      ledger     Commit         Committed
     learner      ledger     Publish        Done
     learner      ledger     Checkpoint     Done
@@ -80,6 +81,8 @@ from common.wire.training import (
     Committed as Committed,
     Done as Done,
     Evaluate as Evaluate,
+    Fetch as Fetch,
+    Fetched as Fetched,
     Finish as Finish,
     Finished as Finished,
     Manifest as Manifest,

@@ -18,6 +18,8 @@ from common.wire.training import (
     Committed,
     Done,
     Evaluate,
+    Fetch,
+    Fetched,
     Finish,
     Finished,
     Publish,
@@ -35,12 +37,12 @@ class Refused(Message):
 
 _FromAnyone: TypeAlias = Hello | Beat | Watch | Status
 _FromGenerator: TypeAlias = LeaseRequest | RoomRequest | Group
-_FromLearner: TypeAlias = Begin | Reserve | Commit | Publish | Checkpoint | Evaluate | Finish
+_FromLearner: TypeAlias = Begin | Reserve | Fetch | Commit | Publish | Checkpoint | Evaluate | Finish
 Request: TypeAlias = _FromAnyone | _FromGenerator | ScoredGroup | _FromLearner
 
 _ToAnyone: TypeAlias = Welcome | BeatAnswer | Directory | StatusReport
 _ToGenerator: TypeAlias = Leases | Room | Verdict
-_ToLearner: TypeAlias = Begun | Batch | Committed | Done | Finished
+_ToLearner: TypeAlias = Begun | Batch | Fetched | Committed | Done | Finished
 Answer: TypeAlias = _ToAnyone | _ToGenerator | _ToLearner | Refused
 
 _encoder = msgspec.msgpack.Encoder()

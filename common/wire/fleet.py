@@ -8,7 +8,7 @@ from common.versions import Version
 from common.wire.base import LeaseKey, Message, Role
 from common.wire.training import Manifest
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Hello(Message):
@@ -65,10 +65,17 @@ class Beat(Message):
 
 
 class BeatAnswer(Message):
-    """`cancelled` are leases that are no longer wanted; `known` is false where the process must say hello again."""
+    """What a process hears of itself.
+
+    Attributes:
+        cancelled: Leases that are no longer wanted.
+        known: Whether the ledger knows the process; else it must say hello again.
+        next_s: When the next beat is due: the larger the fleet, the later.
+    """
 
     cancelled: tuple[LeaseKey, ...]
     known: bool
+    next_s: float = 1.0
 
 
 class Watch(Message):

@@ -55,11 +55,24 @@ class TrainingGroup(Message):
 
 
 class Batch(Message):
-    """The groups of a step, oldest first; empty where the request timed out, with what the ledger waits for."""
+    """The visits of a step, most stale first; empty where the request timed out, with what the ledger waits for."""
 
     version: Version
-    groups: tuple[TrainingGroup, ...]
+    visits: tuple[int, ...]
     waiting_for: str = ""
+
+
+class Fetch(Message):
+    """Asks for one group of the batch of the step from `version`."""
+
+    version: Version
+    visit: int
+
+
+class Fetched(Message):
+    """The group; None where the ledger has lost it, and with it the batch: the learner reserves another."""
+
+    group: TrainingGroup | None
 
 
 class Commit(Message):

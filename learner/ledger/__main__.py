@@ -50,16 +50,18 @@ async def serve(run_dir: Path, stop: asyncio.Event) -> None:
     ledger = LedgerService(store, config, run=keys.public, incarnation=incarnation)
     service = Service(ledger.handle, keys=keys, host=config.run.host, port=config.run.ledger_port)
     async with service, asyncio.TaskGroup() as tasks:
-        working = [tasks.create_task(service.serve()), tasks.create_task(ledger.keeper.keep_time())]
+        keeper = ledger.keeper
+        parts = (service.serve(), keeper.keep_time(), keeper.keep_log_short(), ledger.leases.work())
+        working = [tasks.create_task(part) for part in parts]
         Rendezvous(address=service.endpoint, public_key=keys.public, incarnation=incarnation).write(run_dir)
         log_ready(endpoint=service.endpoint, incarnation=incarnation)
         stopping = tasks.create_task(stop.wait())
-        await asyncio.wait([stopping, ledger.keeper.failed], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([stopping, keeper.failed], return_when=asyncio.FIRST_COMPLETED)
         for task in (*working, stopping):
             task.cancel()
     store.close()
-    if ledger.keeper.failed.done():
-        ledger.keeper.failed.result()
+    if keeper.failed.done():
+        keeper.failed.result()
     logger().info("stopped")
 
 

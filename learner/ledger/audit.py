@@ -31,9 +31,12 @@ def audit(run_dir: Path) -> Audit:
     """
     config, store = read_resolved(run_dir), Store(run_dir, read_only=True)
     try:
+        num_cut = store.num_cut_payloads()
         store.begin_reading()
         counts = dict(store.rows("SELECT state, COUNT(*) FROM visits GROUP BY state"))
         wrong = _wrong(store, config, counts)
+        if num_cut:
+            wrong.append(f"{num_cut} stored groups are missing from their files, or cut")
         return Audit(_lines(store, config, counts), wrong)
     finally:
         store.close()
@@ -43,6 +46,9 @@ def _lines(store: Store, config: Config, counts: dict[str, int]) -> list[str]:
     now = time.time()
     lines = [f"{state.value:<12} {counts.get(state.value, 0)}" for state in VisitState]
     lines.append(f"{'handed out':<12} {store.head().num_visits}")
+    num_stored = store.rows("SELECT COUNT(*) FROM payloads")[0][0]
+    of_ledger, of_groups = (size / 1e6 for size in store.size_bytes())
+    lines.append(f"on disk: {of_ledger:,.1f} MB of accounts, {of_groups:,.1f} MB with {num_stored} stored groups")
     if oldest := store.rows(
         "SELECT number, attempt, holder, granted_at FROM visits WHERE state = 'leased' ORDER BY granted_at LIMIT 1"
     ):

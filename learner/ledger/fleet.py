@@ -2,10 +2,23 @@
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from common import wire
 
 RATE_WINDOW_S = 60.0
+MIN_PACE_S = 1.0
+MAX_BEATS_PER_S = 1000
+
+
+class _Rates(NamedTuple):
+    """What `wire.Stats` say of one interval: until when, how long, how long busy, and how much was done."""
+
+    end: float
+    seconds: float
+    busy_s: float
+    num_tokens: int
+    num_items: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,7 +31,8 @@ class Process:
         endpoint: Where it listens; empty for all but verifiers.
         joined_at: Wall-clock seconds since the epoch.
         heard_at: When it last said anything.
-        stats: Of the last minute, oldest first.
+        rates: Of the last minute, oldest first.
+        gauges: The newest.
     """
 
     role: wire.Role
@@ -26,23 +40,30 @@ class Process:
     endpoint: str
     joined_at: float
     heard_at: float
-    stats: deque[wire.Stats] = field(default_factory=deque)
+    rates: deque[_Rates] = field(default_factory=deque)
+    gauges: dict[str, float] = field(default_factory=dict)
+
+    def count(self, stats: wire.Stats, now: float) -> None:
+        """Takes what the process did since its last beat."""
+        seconds, busy_s = stats.interval.end - stats.interval.start, sum(s.end - s.start for s in stats.busy)
+        self.rates.append(_Rates(stats.interval.end, seconds, busy_s, stats.num_tokens, stats.num_items))
+        self.gauges = stats.gauges
+        while len(self.rates) > 1 and self.rates[0].end < now - RATE_WINDOW_S:
+            self.rates.popleft()
 
     def member(self, now: float) -> wire.Member:
         """The process as others see it."""
-        while self.stats and self.stats[0].interval.end < now - RATE_WINDOW_S:
-            self.stats.popleft()
-        seconds = sum(stats.interval.end - stats.interval.start for stats in self.stats) or 1.0
-        busy = sum(span.end - span.start for stats in self.stats for span in stats.busy)
+        rates = [each for each in self.rates if each.end >= now - RATE_WINDOW_S]
+        seconds = sum(each.seconds for each in rates) or 1.0
         return wire.Member(
             role=self.role,
             name=self.name,
             seconds=now - self.joined_at,
             silent_s=now - self.heard_at,
-            busy_share=min(1.0, busy / seconds),
-            tokens_per_s=sum(stats.num_tokens for stats in self.stats) / seconds,
-            items_per_s=sum(stats.num_items for stats in self.stats) / seconds,
-            gauges=self.stats[-1].gauges if self.stats else {},
+            busy_share=min(1.0, sum(each.busy_s for each in rates) / seconds),
+            tokens_per_s=sum(each.num_tokens for each in rates) / seconds,
+            items_per_s=sum(each.num_items for each in rates) / seconds,
+            gauges=self.gauges,
         )
 
 
@@ -79,10 +100,15 @@ class Fleet:
         process.heard_at = now
         if beat.stats is not None:
             self.num_sampled += beat.stats.num_tokens if process.role is wire.Role.GENERATOR else 0
-            process.stats.append(beat.stats)
-            while process.stats[0].interval.end < now - RATE_WINDOW_S and len(process.stats) > 1:
-                process.stats.popleft()
+            process.count(beat.stats, now)
         return True
+
+    def pace_s(self, timeout_s: float) -> float:
+        """How long a process waits between beats, of which the ledger hears a thousand a second at most.
+
+        In a fleet so large that a beat would come too late for `timeout_s`, it hears more.
+        """
+        return min(max(MIN_PACE_S, len(self._processes) / MAX_BEATS_PER_S), max(MIN_PACE_S, timeout_s / 3))
 
     def remove_silent(self, now: float, timeout_s: float) -> list[Process]:
         """Forgets those that were silent for longer than `timeout_s`, and returns them."""

@@ -31,6 +31,14 @@ class HeldRequests:
             changed, self._changed[topic] = self._changed[topic], asyncio.Event()
             changed.set()
 
+    async def change(self, topic: Topic, timeout_s: float) -> None:
+        """Returns when the topic has changed, or after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed[topic].wait()
+        except TimeoutError:
+            return
+
     async def wait(self, topic: Topic, answer: Callable[[], A]) -> A | None:
         """The first answer that is not empty; None after two seconds.
 

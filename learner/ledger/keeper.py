@@ -20,6 +20,8 @@ from learner.ledger.visits import Changes
 
 TICK_S = 0.5
 LATE_S = 1.0
+LOG_S = 1.0
+MAX_LOG_BYTES = 64 << 20
 _REVISIONS = 1 << 32
 _OPEN = (VisitState.LEASED, VisitState.SCORED, VisitState.RESERVED)
 
@@ -67,6 +69,25 @@ class Keeper:
             changes, evaluations = self.ledger.drain(), self.evaluations.drain()
             self.store.save(changes, evaluations)
             self._wake(changes, evaluations)
+
+    async def sync(self) -> None:
+        """What is stored by now survives the loss of the machine; others are answered meanwhile.
+
+        Raises:
+            RunDirectoryError: The disk fails.
+        """
+        await asyncio.to_thread(self.store.sync())
+
+    async def keep_log_short(self) -> None:
+        """Moves what is stored from the log into the file, beside all else, until cancelled."""
+        move = self.store.keep_log_short()
+        try:
+            while True:
+                await asyncio.sleep(LOG_S)
+                if await asyncio.to_thread(move) > MAX_LOG_BYTES:
+                    self.store.cut_log()
+        except RunDirectoryError as error:
+            self.fail(error)
 
     def revise(self) -> None:
         """The directory has changed."""

@@ -15,9 +15,10 @@ from common.config import Config
 from common.errors import DataError
 from common.rewards import REWARDS
 from common.sections import DataConfig, DataFile
+from learner.ledger.database import put_meta
 from learner.ledger.datasets import Row, content_hash, read_rows
 from learner.ledger.model import ModelDirectory
-from learner.ledger.store import Store, put_meta
+from learner.ledger.store import Store
 
 _BATCH_ROWS = 1024
 

@@ -1,8 +1,9 @@
-"""The tables of the ledger's SQLite file."""
+"""The tables of the ledger's SQLite file, and the names of what is beside it."""
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x51_1C_E0_01
 FILE = "ledger.sqlite"
+SEGMENTS = "groups"
 LOCK = "ledger.lock"
 
 TABLES = """
@@ -23,7 +24,13 @@ CREATE TABLE IF NOT EXISTS visits (
 );
 CREATE INDEX IF NOT EXISTS filtered_visits ON visits (reason) WHERE state = 'filtered';
 CREATE INDEX IF NOT EXISTS prompts_by_file ON prompts (file);
-CREATE TABLE IF NOT EXISTS payloads (visit INTEGER PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS payloads (
+    visit INTEGER PRIMARY KEY, segment INTEGER NOT NULL, offset INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
+    checksum INTEGER NOT NULL
+);
+CREATE VIEW IF NOT EXISTS visits_with_ends AS SELECT number, state,
+    state IN ('filtered', 'rejected', 'quarantined', 'unused')
+    OR state = 'trained' AND number NOT IN (SELECT visit FROM payloads) AS has_ended FROM visits;
 CREATE TABLE IF NOT EXISTS evaluation_visits (
     number INTEGER PRIMARY KEY, prompt INTEGER NOT NULL, source TEXT NOT NULL, version TEXT NOT NULL,
     asked_at REAL NOT NULL, attempt INTEGER NOT NULL, holder TEXT NOT NULL, granted TEXT NOT NULL,

@@ -13,9 +13,10 @@ from common.wire import Role
 from learner.ledger.held import Topic
 from learner.ledger.judgement import ALL_RIGHT, ALL_WRONG
 from learner.ledger.keeper import Keeper
-from learner.ledger.leases import evaluation_lease, training_lease
+from learner.ledger.lease_queue import LeaseQueue
+from learner.ledger.served import stored_group
 from learner.ledger.store import Store
-from learner.ledger.waits import batch_waits_for, evaluation_waits_for, lease_waits_for, run_waits_for
+from learner.ledger.waits import batch_waits_for, evaluation_waits_for, run_waits_for
 
 
 class LedgerService:
@@ -23,6 +24,7 @@ class LedgerService:
 
     Attributes:
         keeper: The state behind it.
+        leases: Requests for leases.
     """
 
     def __init__(self, store: Store, config: Config, *, run: str, incarnation: int) -> None:
@@ -35,9 +37,9 @@ class LedgerService:
             incarnation: How often the ledger has started.
         """
         self.keeper = Keeper(store, config, incarnation=incarnation)
+        self.leases = LeaseQueue(self.keeper)
         self._run, self._incarnation = run, incarnation
-        self._lease_requests: dict[str, wire.LeaseRequest] = {}
-        self._handlers: dict[type, Callable[[Any], Awaitable[wire.Answer]]] = {
+        self._handlers: dict[type, Callable[[Any], Awaitable[wire.Message]]] = {
             wire.Hello: self._hello,
             wire.Beat: self._beat,
             wire.Watch: self._watch,
@@ -45,6 +47,7 @@ class LedgerService:
             wire.ScoredGroup: self._score,
             wire.Begin: self._begin,
             wire.Reserve: self._reserve,
+            wire.Fetch: self._fetch,
             wire.Commit: self._commit,
             wire.Publish: self._publish,
             wire.Checkpoint: self._checkpoint,
@@ -53,7 +56,7 @@ class LedgerService:
             wire.Status: self._status,
         }
 
-    async def handle(self, peer: bytes, request: wire.Request) -> wire.Answer:
+    async def handle(self, peer: bytes, request: wire.Request) -> wire.Message:
         """The answer to a request.
 
         Raises:
@@ -77,7 +80,7 @@ class LedgerService:
                 f"found {hello.name} of run {hello.run[:8]}, protocol {hello.protocol}, "
                 f"expected run {self._run[:8]}, protocol {wire.PROTOCOL}"
             )
-        self._lease_requests.pop(hello.name, None)
+        self.leases.leave(hello.name)
         with self.keeper.stored():
             num_freed = self.keeper.ledger.free(hello.name) + self.keeper.evaluations.free(hello.name)
             self.keeper.fleet.join(hello, time.time())
@@ -99,9 +102,9 @@ class LedgerService:
             training = tuple(key for key in beat.holds if not key.is_evaluation)
             evaluation = tuple(key for key in beat.holds if key.is_evaluation)
             cancelled = self.keeper.ledger.beat(beat.name, training, now)
-            return wire.BeatAnswer(
-                cancelled=cancelled + self.keeper.evaluations.beat(beat.name, evaluation, now), known=True
-            )
+            cancelled += self.keeper.evaluations.beat(beat.name, evaluation, now)
+            next_s = self.keeper.fleet.pace_s(self.keeper.config.lease.heartbeat_timeout_s)
+            return wire.BeatAnswer(cancelled=cancelled, known=True, next_s=next_s)
 
     async def _watch(self, watch: wire.Watch) -> wire.Directory:
         def directory() -> wire.Directory:
@@ -140,42 +143,7 @@ class LedgerService:
     # Generators and verifiers
 
     async def _lease(self, request: wire.LeaseRequest) -> wire.Leases:
-        if not self.keeper.ledger.track.knows(request.version):
-            raise RefusedError(f"found an engine at {request.version}, expected a lineage that has begun")
-        self._lease_requests[request.name] = request
-        newest = self.keeper.manifest
-
-        def answer() -> wire.Leases | None:
-            if self._lease_requests.get(request.name) is not request:
-                return wire.Leases(leases=(), waiting_for="nothing: the generator has asked anew")
-            if leases := self._grant(request):
-                return wire.Leases(leases=leases)
-            if self.keeper.manifest != newest:  # load it first: held on at the old version, it would miss its places
-                return wire.Leases(leases=(), waiting_for=self._why_no_lease(request))
-            return None
-
-        leases = await self.keeper.held.wait(Topic.LEASES, answer)
-        return leases or wire.Leases(leases=(), waiting_for=self._why_no_lease(request))
-
-    def _grant(self, request: wire.LeaseRequest) -> tuple[wire.Lease, ...]:
-        """Evaluations first, then training."""
-        if request.name not in self.keeper.fleet:
-            return ()
-        now, room = time.time(), max(0, request.room)
-        with self.keeper.stored():
-            evaluations = self.keeper.evaluations.grant(request.name, request.version, room, now)
-            visits = self.keeper.ledger.grant(request.name, request.version, room - len(evaluations), now)
-        return (
-            *(evaluation_lease(self.keeper.store, self.keeper.config, visit) for visit in evaluations),
-            *(training_lease(self.keeper.store, self.keeper.config, visit) for visit in visits),
-        )
-
-    def _why_no_lease(self, request: wire.LeaseRequest) -> str:
-        if request.name not in self.keeper.fleet:
-            return f"a hello from {request.name}"
-        current = self.keeper.ledger.track.current
-        behind = 0 if current is None else self.keeper.ledger.track.staleness(request.version)
-        return lease_waits_for(self.keeper.config, self.keeper.ledger, behind)
+        return await self.leases.ask(request)
 
     async def _score(self, scored: wire.ScoredGroup) -> wire.Verdict:
         with self.keeper.stored():
@@ -202,23 +170,34 @@ class LedgerService:
         return wire.Begun(version=version, branches=self.keeper.ledger.track.lineages.branches)
 
     async def _reserve(self, reserve: wire.Reserve) -> wire.Batch:
-        if groups := await self.keeper.held.wait(Topic.BATCH, lambda: self._batch(reserve)):
+        if visits := await self.keeper.held.wait(Topic.BATCH, lambda: self._batch(reserve)):
             self.keeper.overlap.begin_step(time.time())
-            return wire.Batch(version=reserve.version, groups=groups)
+            return wire.Batch(version=reserve.version, visits=visits)
         waiting_for = batch_waits_for(self.keeper.config, self.keeper.ledger, self.keeper.fleet)
-        return wire.Batch(version=reserve.version, groups=(), waiting_for=waiting_for or "its turn")
+        return wire.Batch(version=reserve.version, visits=(), waiting_for=waiting_for or "its turn")
 
-    def _batch(self, reserve: wire.Reserve) -> tuple[wire.TrainingGroup, ...]:
+    def _batch(self, reserve: wire.Reserve) -> tuple[int, ...]:
         with self.keeper.stored():
-            visits = self.keeper.ledger.reserve(reserve.version, reserve.num_groups)
-        return tuple(
-            wire.TrainingGroup(prompt=self.keeper.store.prompt(v.prompt), scored=self.keeper.store.payload(v.number))
-            for v in visits
-        )
+            return tuple(visit.number for visit in self.keeper.ledger.reserve(reserve.version, reserve.num_groups))
+
+    async def _fetch(self, fetch: wire.Fetch) -> wire.Message:
+        visit = self.keeper.ledger.reserved(fetch.version, fetch.visit)
+        if visit is None:
+            return wire.Fetched(group=None)
+        store = self.keeper.store
+        with self.keeper.activity.working():
+            if (scored := store.payload_bytes(visit.number)) is not None:
+                return stored_group(store.prompt_bytes(visit.prompt), scored)
+        reason = "the stored group is not there as it was stored"
+        logger().error("group_lost", visit=visit.number, where=str(store.where(visit.number)))
+        with self.keeper.stored():
+            self.keeper.ledger.lose(visit, reason)
+        return wire.Fetched(group=None)
 
     async def _commit(self, commit: wire.Commit) -> wire.Committed:
         with self.keeper.stored():
             sequence = self.keeper.ledger.commit(commit.version, commit.visits)
+        await self.keeper.sync()
         self.keeper.overlap.end_step(time.time())
         version = str(commit.version.next())
         logger().info("step_committed", version=version, sequence=sequence, num_groups=len(commit.visits))
@@ -235,7 +214,7 @@ class LedgerService:
                 self.keeper.store.save_manifest(manifest)
             self.keeper.manifest = manifest
             self.keeper.revise()
-            self.keeper.held.wake(Topic.LEASES)
+            self.leases.send_off()
             logger().info("version_published", version=str(manifest.version), size_bytes=manifest.size_bytes)
         return wire.Done()
 

@@ -181,8 +181,7 @@ class Ledger:
             self.track.current = version = START
         else:
             version = self._resume(checkpoint or START, sequence, num_visits)
-        for visit in self.visits(VisitState.RESERVED):
-            self._book.move(visit, VisitState.SCORED, f"the step from {visit.step} did not end")
+        self._break_up("it did not end")
         self.closing = ""
         self._returns.expire_outdated()
         return version
@@ -210,6 +209,21 @@ class Ledger:
             visit.step = version
             self._book.move(visit, VisitState.RESERVED, f"for the step from {version}")
         return most_stale_first(batch, self._returns.staleness)
+
+    def reserved(self, version: Version, number: int) -> Visit | None:
+        """A visit of the batch of the step from `version`; None where it is in none.
+
+        Raises:
+            RefusedError: The learner is not at that version.
+        """
+        if version != self.track.current:
+            raise RefusedError(f"found a group of the step from {version} asked for, expected {self.track.current}")
+        return self._book.find(VisitState.RESERVED, number)
+
+    def lose(self, visit: Visit, reason: str) -> None:
+        """What was stored of a reserved visit is gone: it is sampled again, and the learner reserves another batch."""
+        self._break_up(reason)
+        self._returns.give_back(visit, reason)
 
     def awaited_pins(self) -> list[Visit]:
         """Leased, pinned visits whose window ends at the current version: the learner does not step past them."""
@@ -279,6 +293,11 @@ class Ledger:
         return wire.Verdict(
             status="refused", reason=f"attempt {key.attempt} is over: visit {key.visit} is {state.value}"
         )
+
+    def _break_up(self, reason: str) -> None:
+        """The batch that is reserved is none any more."""
+        for visit in self.visits(VisitState.RESERVED):
+            self._book.move(visit, VisitState.SCORED, f"was in the step from {visit.step}: {reason}")
 
     def _resume(self, checkpoint: Version, sequence: int, num_visits: int) -> Version:
         check_position(checkpoint, num_visits, self._book.num_visits)

@@ -1,84 +1,56 @@
-"""The ledger's SQLite file: every change is one transaction, and a restart finds the state as it was stored.
+"""The ledger on disk: every change is one transaction, and a restart finds the state as it was stored.
 
-WAL with synchronous=NORMAL: a killed process loses nothing that was answered. What this does not do: survive the loss
-of the machine's memory without losing the last transactions (the file stays consistent).
+The accounts are in a SQLite file, the scored groups in segment files beside it.
 """
 
-import sqlite3
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from common import wire
 from common.config import Config
 from common.errors import DataError, RunDirectoryError
+from learner.ledger.database import Database, put_meta
 from learner.ledger.evaluations import EvaluationChanges, Evaluations
 from learner.ledger.order import DataOrder, Epochs, PromptRange
 from learner.ledger.routes import routes_check
 from learner.ledger.rows import evaluation_row, evaluation_visit_of, visit_of, visit_row
-from learner.ledger.schema import APPLICATION_ID, FILE, SCHEMA_VERSION, TABLES
+from learner.ledger.schema import SEGMENTS
+from learner.ledger.segments import Place, Segments, sync_files
 from learner.ledger.state import Ledger
-from learner.ledger.visits import ENDED, Changes, Head
+from learner.ledger.visits import Changes, Head, Visit
 
 
-class Store:
-    """The file of one run."""
+class Store(Database):
+    """The files of one run.
+
+    Attributes:
+        segments: Those of the scored groups.
+    """
 
     def __init__(self, run_dir: Path, *, read_only: bool = False) -> None:
-        """Opens the run's file, or makes it.
+        """Opens the run's files, or makes them.
 
         Raises:
-            RunDirectoryError: It is not a ledger, of another schema, broken, or cannot be written.
+            RunDirectoryError: They are not a ledger's, of another schema, broken, or cannot be written.
         """
-        self.path = run_dir / FILE
-        with self._mapped():
-            mode = "ro" if read_only else "rwc"
-            self._sql = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
-            self._check_kind()
-            if not read_only:
-                self._sql.execute("PRAGMA journal_mode=WAL")
-                self._sql.execute("PRAGMA synchronous=NORMAL")
-                self._sql.executescript(
-                    f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {TABLES}"
-                )
+        super().__init__(run_dir, read_only=read_only)
+        self._places = self._read_places()
+        self.segments = Segments(run_dir / SEGMENTS, self._places.values(), read_only=read_only)
 
     def close(self) -> None:
-        """Closes the file."""
-        self._sql.close()
+        """Closes the files."""
+        super().close()
+        self.segments.close()
 
-    @contextmanager
-    def transaction(self) -> Generator[sqlite3.Connection]:
-        """All statements in the block are stored, or none.
+    def sync(self) -> Callable[[], None]:
+        """What makes all that is stored by now survive the loss of the machine; any thread may call it, which waits.
 
-        Raises:
-            RunDirectoryError: The disk is full, or the file cannot be written.
+        It raises RunDirectoryError where the disk fails.
         """
-        with self._mapped():
-            self._sql.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._sql
-            except BaseException:
-                self._sql.rollback()
-                raise
-            self._sql.commit()
-
-    def begin_reading(self) -> None:
-        """All later queries see the file as it is now; for a reader that changes nothing."""
-        with self._mapped():
-            self._sql.execute("BEGIN")
-
-    def rows(self, query: str, *values: object) -> list[Any]:
-        """All rows of a query."""
-        with self._mapped():
-            return self._sql.execute(query, values).fetchall()
-
-    def meta(self, key: str) -> bytes | None:
-        """A value by name."""
-        rows = self.rows("SELECT value FROM meta WHERE key = ?", key)
-        return rows[0][0] if rows else None
+        return partial(sync_files, [*self.segments.take_unsynced(), self.log])  # the log speaks of the groups
 
     def identify(self, run: str) -> int:
         """Checks or sets the run that the file belongs to; returns how often the ledger has started, this one included.
@@ -99,15 +71,19 @@ class Store:
         """Stores what a call changed, as one transaction."""
         if not changes and not evaluations:
             return
+        added = {visit: self.segments.append(payload) for visit, payload in changes.payloads.items()}
+        gone = [visit for visit in changes.freed if visit in self._places]
         with self.transaction() as sql:
             if changes.head is not None:
                 put_meta(sql, "head", msgspec.json.encode(changes.head))
-            for statement, rows in _statements(changes, evaluations):
+            for statement, rows in _statements(changes.visits, gone, added, evaluations):
                 if rows:
                     sql.executemany(statement, rows)
             if evaluations.visits:
                 lowest = min(int(self.meta("lowest") or b"0"), *(v.number for v in evaluations.visits))
                 put_meta(sql, "lowest", str(lowest).encode())
+        self.segments.free([self._places.pop(visit) for visit in gone])
+        self._places |= added
 
     def save_manifest(self, manifest: wire.Manifest) -> None:
         """Keeps the newest published version."""
@@ -139,15 +115,37 @@ class Store:
         """Name, role and endpoint of those who were in the run."""
         return self.rows("SELECT name, role, endpoint FROM members")
 
-    def payload(self, visit: int) -> wire.ScoredGroup:
-        """The scored group of a visit."""
-        data = self.rows("SELECT data FROM payloads WHERE visit = ?", visit)[0][0]
-        return msgspec.msgpack.decode(data, type=wire.ScoredGroup)
+    def payload(self, visit: int) -> wire.ScoredGroup | None:
+        """The scored group of a visit; None where it cannot be read as it was stored."""
+        data = self.payload_bytes(visit)
+        return None if data is None else msgspec.msgpack.decode(data, type=wire.ScoredGroup)
+
+    def payload_bytes(self, visit: int) -> bytes | None:
+        """The same, encoded."""
+        return self.segments.read(self.where(visit))
+
+    def where(self, visit: int) -> Place:
+        """Where its payload is."""
+        return self._places[visit]
 
     def prompt(self, row: int) -> wire.Prompt:
         """The prompt in a row."""
-        data = self.rows("SELECT data FROM prompts WHERE id = ?", row)[0][0]
-        return msgspec.msgpack.decode(data, type=wire.Prompt)
+        return msgspec.msgpack.decode(self.prompt_bytes(row), type=wire.Prompt)
+
+    def prompt_bytes(self, row: int) -> bytes:
+        """The same, encoded."""
+        return self.rows("SELECT data FROM prompts WHERE id = ?", row)[0][0]
+
+    def num_cut_payloads(self) -> int:
+        """Payloads that cannot be whole, by the sizes of their files; those that are freed meanwhile do not count."""
+        before = self._read_places()
+        cut = {visit: place for visit, place in before.items() if self.segments.is_cut(place)}
+        after = self._read_places() if cut else {}
+        return sum(after.get(visit) == place for visit, place in cut.items())
+
+    def size_bytes(self) -> tuple[int, int]:
+        """Bytes on disk: of the SQLite file with its log, and of the scored groups."""
+        return sum(f.stat().st_size for f in (self.path, self.log) if f.exists()), self.segments.size_bytes()
 
     def ledger(self, config: Config, now: float) -> Ledger:
         """The state as it was stored; leases that were open have until a heartbeat's timeout from `now` to be renewed.
@@ -163,16 +161,18 @@ class Store:
             row = order.prompt(position)
             return row, rejected.get(row, "")
 
-        head = self.head()
-        kept = {number for (number,) in self.rows("SELECT visit FROM payloads")}
-        live, ended = [], []
-        for row in self.rows("SELECT * FROM visits ORDER BY number"):
-            visit = visit_of(row, now)
-            if visit.state in ENDED or (visit.state is wire.VisitState.TRAINED and visit.number not in kept):
-                ended.append((visit.number, visit.state))
-            else:
-                live.append(visit)
-        return Ledger(config, prompt_of, routes_check=check, head=head, live=live, ended=ended)
+        ended = self.each("SELECT number, state FROM visits_with_ends WHERE has_ended")
+        live = self.rows(
+            "SELECT * FROM visits WHERE number IN (SELECT number FROM visits_with_ends WHERE NOT has_ended)"
+        )
+        return Ledger(
+            config,
+            prompt_of,
+            routes_check=check,
+            head=self.head(),
+            live=[visit_of(row, now) for row in live],
+            ended=((number, wire.VisitState(state)) for number, state in ended),
+        )
 
     def epochs(self) -> Epochs:
         """Counts epochs of the prompts to train on."""
@@ -218,37 +218,19 @@ class Store:
         ranges = [PromptRange(first, num_prompts, weight) for first, num_prompts, weight in files]
         return DataOrder(ranges, seed=config.seed, shuffle=config.data.shuffle)
 
-    def _check_kind(self) -> None:
-        found = self._sql.execute("PRAGMA application_id").fetchone()[0]
-        version = self._sql.execute("PRAGMA user_version").fetchone()[0]
-        empty = not self._sql.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-        if not empty and (found != APPLICATION_ID or version != SCHEMA_VERSION):
-            self._sql.close()
-            raise RunDirectoryError(
-                f"{self.path}: found schema {version} of application {found:#x}, "
-                f"expected schema {SCHEMA_VERSION} of a ledger"
-            )
-
-    @contextmanager
-    def _mapped(self) -> Generator[None]:
-        """SQLite's errors as RunDirectoryError."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise RunDirectoryError(f"{self.path}: cannot be used: {error}") from error
+    def _read_places(self) -> dict[int, Place]:
+        rows = self.rows("SELECT visit, segment, offset, size_bytes, checksum FROM payloads")
+        return {visit: Place(*place) for visit, *place in rows}
 
 
-def put_meta(sql: sqlite3.Connection, key: str, value: bytes) -> None:
-    """Sets a value by name, inside a transaction."""
-    sql.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (key, value))
-
-
-def _statements(changes: Changes, evaluations: EvaluationChanges) -> list[tuple[str, list[tuple[object, ...]]]]:
+def _statements(
+    visits: list[Visit], gone: list[int], added: dict[int, Place], evaluations: EvaluationChanges
+) -> list[tuple[str, list[tuple[object, ...]]]]:
     """What a call changed, as statements in order, each with its rows."""
     return [
-        ("INSERT OR REPLACE INTO visits VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", [visit_row(v) for v in changes.visits]),
-        ("DELETE FROM payloads WHERE visit = ?", [(number,) for number in changes.freed]),
-        ("INSERT OR REPLACE INTO payloads VALUES (?,?)", list(changes.payloads.items())),
+        ("INSERT OR REPLACE INTO visits VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", [visit_row(v) for v in visits]),
+        ("DELETE FROM payloads WHERE visit = ?", [(number,) for number in gone]),
+        ("INSERT INTO payloads VALUES (?,?,?,?,?)", [(visit, *place) for visit, place in added.items()]),
         (
             "INSERT OR REPLACE INTO evaluation_visits VALUES (?,?,?,?,?,?,?,?,?,?)",
             [evaluation_row(v) for v in evaluations.visits],

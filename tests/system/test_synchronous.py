@@ -60,7 +60,9 @@ def recorded(run_dir: Path) -> Steps:
     rows = store.rows("SELECT step, number, prompt FROM visits WHERE state = 'trained' ORDER BY number")
     steps: dict[str, list[wire.TrainingGroup]] = {}
     for step, number, prompt in rows:
-        steps.setdefault(step, []).append(wire.TrainingGroup(prompt=store.prompt(prompt), scored=store.payload(number)))
+        scored = store.payload(number)
+        assert scored is not None, "a trained group is kept until no resume can need it"
+        steps.setdefault(step, []).append(wire.TrainingGroup(prompt=store.prompt(prompt), scored=scored))
     store.close()
     return [tuple(steps[str(Version(0, number))]) for number in range(len(steps))]
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from common import wire
 from common.config import Config
@@ -103,6 +104,13 @@ class Fleet:
         return directory.manifest.version if directory.manifest else None
 
 
+class Reserved(NamedTuple):
+    """The groups of a step, or what the ledger waits for."""
+
+    groups: tuple[wire.TrainingGroup, ...]
+    waiting_for: str
+
+
 class Learner:
     """A learner without weights."""
 
@@ -123,11 +131,19 @@ class Learner:
         )
         await self._client.ask(wire.Publish(manifest=manifest), wire.Done, deadline_s=30)
 
-    async def reserve(self) -> wire.Batch:
+    async def reserve(self) -> Reserved:
+        """A batch with its groups; none where it is not whole, or where one of them is lost."""
         request = wire.Reserve(version=self.version, num_groups=self._config.groups_per_step)
-        return await self._client.ask(request, wire.Batch, deadline_s=30)
+        batch = await self._client.ask(request, wire.Batch, deadline_s=30)
+        groups: list[wire.TrainingGroup] = []
+        for visit in batch.visits:
+            fetch = wire.Fetch(version=self.version, visit=visit)
+            if (group := (await self._client.ask(fetch, wire.Fetched, deadline_s=30)).group) is None:
+                return Reserved((), batch.waiting_for)
+            groups.append(group)
+        return Reserved(tuple(groups), batch.waiting_for)
 
-    async def commit(self, batch: wire.Batch) -> None:
+    async def commit(self, batch: Reserved) -> None:
         visits = tuple(g.scored.group.key.visit for g in batch.groups)
         for _ in range(2):
             request = wire.Commit(version=self.version, visits=visits)

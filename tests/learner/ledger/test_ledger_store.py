@@ -44,12 +44,12 @@ def test_a_failed_transaction_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
     def fail() -> None:
         with store.transaction() as sql:
-            sql.execute("INSERT INTO payloads VALUES (1, x'00')")
+            sql.execute("INSERT INTO members VALUES ('a', 'verifier', '')")
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert store.rows("SELECT * FROM payloads") == []
+    assert store.rows("SELECT * FROM members") == []
 
 
 def test_the_state_is_read_back_as_it_was(make_run: MakeRun, make_group: MakeGroup) -> None:
