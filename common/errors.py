@@ -6,6 +6,7 @@
     │   ├── DataError               a file of prompts
     │   ├── ModelError              a model directory
     │   └── RunDirectoryError       the run directory, its disk, or a port
+    │       └── DamageError         a checkpoint that is not what was written
     ├── WireError                   bytes that are no message
     ├── SilenceError                a peer that no longer answers
     ├── DeadlineError               a wait that took too long, with what it waited for
@@ -47,6 +48,10 @@ class ModelError(UsageError):
 
 class RunDirectoryError(UsageError):
     """The run directory, its disk or a port cannot be used."""
+
+
+class DamageError(RunDirectoryError):
+    """A checkpoint is not what was written."""
 
 
 class WireError(SluiceError):

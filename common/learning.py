@@ -122,7 +122,7 @@ class LearnerConfig(Section):
         offload_optimizer: Whether AdamW's two moments are in the host's memory; they come to the GPU for the step, one
             tensor at a time.
         checkpoint_every: Steps between checkpoints; there is one after the last step in any case.
-        keep_checkpoints: How many of the newest are kept.
+        keep_checkpoints: How many of the newest are kept; where some are damaged a run falls back to another of these.
         keep_every: Those of every so many steps are kept as well; 0 is none.
         routing_replay: Whether each token goes to the experts that the engine sent it to; for a model that has experts.
         parallel: How ranks share the model and the batch.

@@ -11,6 +11,8 @@ from common.files import append_lines
 
 LEARNER = "learner-0"  # the first rank's name
 KERNELS = "kernels"  # its event that tells people what the model is made of
+DAMAGED = "checkpoint_damaged"  # and the one that tells them of a checkpoint that it cannot go on from
+AFRESH = "begins_afresh"  # and of a run that goes on without a checkpoint
 
 
 def start_logging(role: str, run_dir: Path | None, *, name: str = "", terminal: bool = False) -> None:

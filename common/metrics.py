@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class MetricsWriter:
         self._file = append_lines(run_dir / METRICS)
         self._events = SummaryWriter(str(run_dir / "tensorboard"))
 
-    def write(self, kind: str, step: int, **values: float | int | str | dict[str, int] | None) -> None:
+    def write(self, kind: str, step: int, **values: float | int | str | Mapping[str, float] | None) -> None:
         """Writes a row {kind, step, time, **values}; numbers become scalars `kind/name` (a set's name before it)."""
         row = {"kind": kind, "step": step, "time": time.time(), **values}
         self._file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")

@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.log import KERNELS
-from launch.progress import Progress, Row, number
+from common.log import AFRESH, DAMAGED, KERNELS
+from launch.progress import FOR_PEOPLE, Progress, Row, number
 
 _POLL_S = 0.5
 _RATES = {
@@ -57,7 +57,7 @@ class Display:
         if live is not None:
             live.update(render(progress), refresh=True)
         for row in rows:
-            if (live is None or row["kind"] == KERNELS) and (text := describe(row, progress.num_steps)):
+            if (live is None or row["kind"] in FOR_PEOPLE) and (text := describe(row, progress.num_steps)):
                 self.notice(text)
 
 
@@ -89,6 +89,13 @@ def describe(row: Row, num_steps: int) -> str:
     if row["kind"] == KERNELS:
         chosen = (f"{kernel.replace('_', ' ')} {provider}" for kernel, provider in row["chosen"].items())
         return f"the learner's kernels: {', '.join(chosen)}"
+    if row["kind"] == DAMAGED:
+        return (
+            f"the checkpoint {row['checkpoint']} is damaged, the learner goes on from {row['instead']} "
+            f"(kept as {row['kept_as']}): {row['damage']}"
+        )
+    if row["kind"] == AFRESH:
+        return "no checkpoint to go on from: the learner begins with the starting weights, the ledger serves all again"
     if row["kind"] != "step":
         return ""
     idle = ", ".join(f"{role} {_share(row, role)}" for role in _RATES)

@@ -37,6 +37,10 @@ def notices(config: Config, shape: ModelShape) -> list[str]:
             bool(config.model) and not config.data.test,
             "data.test is empty: nothing is evaluated, and [evaluation] has no effect",
         ),
+        (
+            config.learner.keep_checkpoints == 1,
+            "learner.keep_checkpoints = 1: where the newest checkpoint is damaged there is none to fall back to",
+        ),
         (loss.shuffle_rewards, "loss.shuffle_rewards = true: a control experiment, nothing can be learned"),
     ]
     return [line for applies, line in rows if applies]

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from common.log import KERNELS, LEARNER
+from common.log import AFRESH, DAMAGED, KERNELS, LEARNER
 from common.metrics import read_metrics, read_rows
 
 Row = dict[str, Any]
+FOR_PEOPLE = (KERNELS, DAMAGED, AFRESH)
 _RECENT = 20
 
 
@@ -44,8 +45,8 @@ class Progress:
         rows: list[Row] = []
         for event, offset in read_rows(self._run_dir / "logs" / f"{LEARNER}.jsonl", self._log_offset):
             self._log_offset = offset
-            if event["event"] == KERNELS:
-                rows.append({"kind": KERNELS, "chosen": event["chosen"]})
+            if event["event"] in FOR_PEOPLE:
+                rows.append({**event, "kind": event["event"]})
         return rows
 
     @property

@@ -66,6 +66,7 @@ def summarize(rows: Rows) -> dict[str, Any]:
     last = rows.steps[-1]
     return {
         "steps": last["step"],
+        "epoch": number(last, "epoch"),
         "seconds": last["time"] - rows.steps[0]["time"] + number(rows.steps[0], "seconds"),
         "ended": rows.end.get("reason", "stopped before its end"),
         "reward_start": number(rows.steps[0], "reward"),

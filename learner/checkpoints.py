@@ -1,9 +1,10 @@
-"""The checkpoints of a run, each a directory that is whole or absent.
+"""The checkpoints of a run, each a directory that is whole or absent, and checked before it is used.
 
-RUN/checkpoints/step-000050 is that of a policy version; RUN/checkpoints/best links to the best. In each:
+RUN/checkpoints/step-000050 is that of a policy version; RUN/checkpoints/best links to the best; damaged-step-000050 is
+one that was found damaged. In each:
 
     megatron/       model, optimizer, schedule, random states, whatever the division over ranks
-    version.json    the policy version, and which commit of the ledger made it
+    version.json    the policy version, which commit of the ledger made it, the position in the data, checksums
     accuracy.json   held-out accuracy, the mean over all prompts, where it was the best so far
     huggingface/    the weights for transformers and SGLang, where training ended here
 
@@ -19,6 +20,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import torch
 
+from common import wire
 from common.config import Config
 from common.errors import RunDirectoryError
 from common.files import sync_directory, write_atomically
@@ -26,8 +28,9 @@ from common.log import logger
 from common.rendezvous import RunKeys
 from common.versions import Version
 from learner.export import write_hugging_face
+from learner.fallback import Fallback
 from learner.ranks import Ranks
-from learner.saved import HUGGING_FACE, MEGATRON, VERSION, SavePoint
+from learner.saved import HUGGING_FACE, MEGATRON, VERSION, SavePoint, directories, step_of
 from learner.saving import Saving
 from learner.sharded import State
 
@@ -57,15 +60,21 @@ class Saved(NamedTuple):
         path: Of its directory.
         version: Of the weights.
         write_s: What writing it took, beside training.
+        checksum_s: What the checksums took of it.
     """
 
     path: Path
     version: Version
     write_s: float
+    checksum_s: float
 
 
 class Checkpoints:
-    """Saves, loads, and keeps the newest few, every so many, and the best."""
+    """Saves, loads, and keeps the newest few, every so many, and the best.
+
+    Attributes:
+        fallback: Chooses the one to load, and knows the damaged ones.
+    """
 
     def __init__(self, config: Config, run_dir: Path, ranks: Ranks) -> None:
         """All ranks must make the same calls in the same order, but `mark_best`, which is the first one's."""
@@ -75,6 +84,7 @@ class Checkpoints:
         self._patience_s = config.run.stall_timeout_s
         self._model_dir = Path(config.model)
         self._run = RunKeys.load(run_dir).public
+        self.fallback = Fallback(self._directory, self._run, ranks)
         self._best = self._directory / "best"
         self._under_way: tuple[SavePoint, Saving] | None = None
         self._awaited: dict[Version, float] = {}
@@ -82,37 +92,32 @@ class Checkpoints:
     def load_newest(self, policy: Restorable) -> SavePoint | None:
         """Loads the newest whole checkpoint into the policy; None where there is none.
 
-        Raises:
-            RunDirectoryError: It is broken, of another model, or of another run.
-        """
-        if self._ranks.is_first:
-            for partial in self._directory.glob(".step-*.partial"):
-                shutil.rmtree(partial, ignore_errors=True)
-        for path in reversed(self._whole()):
-            point = SavePoint.read(path)
-            if point.run != self._run:
-                raise RunDirectoryError(
-                    f"{path / VERSION}: found a checkpoint of run {point.run[:8]}, expected one of {self._run[:8]}, "
-                    "which this directory is of"
-                )
-            policy.load(path / MEGATRON)
-            logger().info("checkpoint_loaded", path=str(path), version=str(point.version), sequence=point.sequence)
-            return point
-        return None
+        Damaged ones are passed over (`fallback`).
 
-    def save(self, policy: Restorable, version: Version, sequence: int) -> None:
+        Raises:
+            RunDirectoryError: It is of another model, or of another run, or may not be read.
+        """
+        if (found := self.fallback.find()) is None:
+            return None
+        path, point = found
+        policy.load(path / MEGATRON)
+        logger().info("checkpoint_loaded", path=str(path), version=str(point.version), sequence=point.sequence)
+        return point
+
+    def save(self, policy: Restorable, version: Version, commit: wire.Committed) -> None:
         """Begins the checkpoint of a version; the one before must have been finished. `look` and `finish` tell more.
 
         Args:
             policy: It may be trained on as soon as this returns.
             version: Of its weights.
-            sequence: Number of the commit that made them; it counts on the first rank.
+            commit: What the ledger said when they were made; it counts on the first rank.
 
         Raises:
             RunDirectoryError: The disk is full; what was there before is as it was.
         """
         assert self._under_way is None, "the save before is under way"
-        point = SavePoint(version=version, sequence=sequence, run=self._run)
+        position = {"sequence": commit.sequence, "num_visits": commit.num_visits}
+        point = SavePoint(version=version, **position, run=self._run, files={})
         temporary = self._partial(version)
         self._ranks.share(lambda: _make_anew(temporary), bool)
         self._under_way = point, Saving(policy.snapshot(), temporary / MEGATRON, self._ranks, self._group)
@@ -187,8 +192,9 @@ class Checkpoints:
     def _commit(self, point: SavePoint, saving: Saving) -> Saved:
         """Makes the checkpoint whole, forgets others, and marks it where its evaluation is in already."""
         self._under_way = None
-        self._ranks.share(lambda: self._make_whole(point), bool)
-        return Saved(self._path(point.version), point.version, saving.seconds)
+        whole = msgspec.structs.replace(point, files=saving.files)
+        self._ranks.share(lambda: self._make_whole(whole), bool)
+        return Saved(self._path(point.version), point.version, saving.seconds, saving.checksum_s)
 
     def _make_whole(self, point: SavePoint) -> bool:
         temporary, path = self._partial(point.version), self._path(point.version)
@@ -222,14 +228,11 @@ class Checkpoints:
     def _partial(self, version: Version) -> Path:
         return self._directory / f".step-{version.number:06d}.partial"
 
-    def _whole(self) -> list[Path]:
-        return sorted(p.parent for p in self._directory.glob(f"step-*/{VERSION}"))
-
     def _forget(self) -> None:
         """Removes those that are not kept; one that is half removed has the name of one that is half written."""
         best = self._best.resolve() if self._best.is_symlink() else None
-        for path in self._whole()[: -self._keep]:
-            is_kept = self._keep_every and int(path.name.removeprefix("step-")) % self._keep_every == 0
+        for path in directories(self._directory)[: -self._keep]:
+            is_kept = self._keep_every and step_of(path) % self._keep_every == 0
             if path == best or is_kept:
                 continue
             partial = self._directory / f".{path.name}.partial"

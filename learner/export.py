@@ -18,6 +18,7 @@ from common.layout import RESOLVED, read_resolved
 from learner.ranks import Ranks
 from learner.saved import MEGATRON, WEIGHT, SavePoint
 from learner.sharded import read, sizes
+from learner.sums import check_files
 
 SHARD_BYTES = 4 << 30
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -40,11 +41,11 @@ def export_checkpoint(checkpoint: Path, target: Path) -> int:
     memory at a time, twice.
 
     Raises:
-        RunDirectoryError: The checkpoint is missing, half-written, broken or moved out of its run; `target` is in use;
-            the disk is full.
+        DamageError: The checkpoint is missing, half-written, or not what was written.
+        RunDirectoryError: It was moved out of its run; `target` is in use; the disk is full.
         ModelError: The model that the run started from is not there: its config and tokenizer come along.
     """
-    SavePoint.read(checkpoint)
+    point = SavePoint.read(checkpoint)
     run_dir, target = _run_of(checkpoint), target.resolve()
     config = read_resolved(run_dir)
     if not (Path(config.model) / "config.json").is_file():
@@ -54,6 +55,7 @@ def export_checkpoint(checkpoint: Path, target: Path) -> int:
         )
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise RunDirectoryError(f"{target}: found something there, expected a new or empty directory")
+    check_files(checkpoint / MEGATRON, point.files, Ranks())
     weights = _saved_weights(checkpoint / MEGATRON, config)
     return write_hugging_face(weights, Path(config.model), target, Ranks(), whole_model=True)
 

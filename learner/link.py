@@ -58,18 +58,20 @@ class LedgerLink:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
 
-    def begin(self, checkpoint: Version | None, sequence: int) -> tuple[Version, Lineages]:
+    def begin(self, checkpoint: Version | None, commit: wire.Committed) -> tuple[Version, Lineages]:
         """The version under which training goes on from a checkpoint, and all lineages.
 
         Args:
             checkpoint: What the policy holds; None for the starting weights.
-            sequence: Number of the commit that made it, 0 for the starting weights.
+            commit: What the ledger said when they were made; zeros for the starting weights.
 
         Raises:
             RunDirectoryError: The ledger and the checkpoint do not belong together; a restart would find the same.
         """
         try:
-            begun = self._ask(wire.Begin(checkpoint=checkpoint, sequence=sequence), wire.Begun)
+            begun = self._ask(
+                wire.Begin(checkpoint=checkpoint, sequence=commit.sequence, num_visits=commit.num_visits), wire.Begun
+            )
         except RefusedError as error:
             raise RunDirectoryError(f"{self._run_dir}: {error}") from error
         if checkpoint is not None:
@@ -106,10 +108,10 @@ class LedgerLink:
         groups = await asyncio.gather(*map(fetch, visits))
         return tuple(group for group in groups if group is not None) if None not in groups else ()
 
-    def commit(self, version: Version, groups: tuple[wire.TrainingGroup, ...]) -> int:
-        """Tells the ledger that the step from `version` trained `groups`; returns the commit's number in its order."""
+    def commit(self, version: Version, groups: tuple[wire.TrainingGroup, ...]) -> wire.Committed:
+        """Tells the ledger that the step from `version` trained `groups`; returns what a checkpoint says of it."""
         visits = tuple(training.scored.group.key.visit for training in groups)
-        return self._ask(wire.Commit(version=version, visits=visits), wire.Committed).sequence
+        return self._ask(wire.Commit(version=version, visits=visits), wire.Committed)
 
     def publish(self, manifest: wire.Manifest) -> None:
         """Announces a version."""

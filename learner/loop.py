@@ -5,7 +5,7 @@ from pathlib import Path
 from common import wire
 from common.config import Config
 from common.errors import StallError
-from common.log import bind, logger
+from common.log import AFRESH, bind, logger
 from common.metrics import COMPLETE, STOPPED
 from common.versions import Lineages, Version
 from learner.checkpoints import Checkpoints, Saved
@@ -13,7 +13,7 @@ from learner.megatron.policy import Policy
 from learner.publish import Publisher
 from learner.ranks import Ranks
 from learner.record import Recorder, Stopwatch
-from learner.shared import SharedLedger
+from learner.shared import NO_COMMIT, SharedLedger
 from learner.step import SkipLimit, train_step
 
 
@@ -78,10 +78,14 @@ class Learner:
 
     def _begin(self) -> None:
         checkpoint = self._checkpoints.load_newest(self._policy)
-        if checkpoint is None:
-            self.version, self._lineages = self._ledger.begin(None, 0)
-        else:
-            self.version, self._lineages = self._ledger.begin(checkpoint.version, checkpoint.sequence)
+        with self._checkpoints.fallback.naming_damage():
+            if checkpoint is None:
+                self.version, self._lineages = self._ledger.begin(None, NO_COMMIT)
+            else:
+                self.version, self._lineages = self._ledger.begin(checkpoint.version, checkpoint.commit)
+        self._checkpoints.fallback.set_aside()
+        if checkpoint is None and self.version.lineage > 0:
+            logger().warning(AFRESH, version=str(self.version))
         self._saved = self.version.number
         logger().info("training_begins", version=str(self.version), steps=self._config.steps)
         self._publish()
@@ -105,7 +109,7 @@ class Learner:
         """Begins a checkpoint, once the one before is whole, where there is something new since."""
         if self.version.number > self._saved:
             self._finish_save()
-            self._checkpoints.save(self._policy, self.version, self._ledger.sequence)
+            self._checkpoints.save(self._policy, self.version, self._ledger.newest)
             self._saved = self.version.number
 
     def _finish_save(self) -> None:
@@ -115,7 +119,8 @@ class Learner:
         """Lets the ledger know of a checkpoint that is whole."""
         if saved is not None:
             self._ledger.checkpointed(saved.version)
-            logger().info("checkpoint_saved", path=str(saved.path), write_s=round(saved.write_s, 3))
+            seconds = {"write_s": round(saved.write_s, 3), "checksum_s": round(saved.checksum_s, 3)}
+            logger().info("checkpoint_saved", path=str(saved.path), **seconds)
 
     def _record(self, groups: tuple[wire.TrainingGroup, ...], metrics: dict[str, float], watch: Stopwatch) -> None:
         times = watch.lap()

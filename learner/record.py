@@ -88,6 +88,8 @@ class Recorder:
             "learner_tokens_per_s": metrics["num_tokens"] / seconds,
             "learner_idle": times["wait_s"] / seconds,
             **_fleet(status),
+            "epoch": status.epoch,
+            "epochs": status.epochs,
         }
         self._metrics.write("step", version.number, steps=self._config.steps, lineage=version.lineage, **row)
         self._sample(version, groups[version.number % len(groups)])

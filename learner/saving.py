@@ -8,15 +8,16 @@ import msgspec
 
 from common.errors import RunDirectoryError, StallError
 from learner.ranks import Group, Ranks
-from learner.sharded import State, write
+from learner.sharded import State, files_of, write
+from learner.sums import Sums, sums_of
 
 _LOOK_S = 0.05
 
 
 class _Progress(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank says: whether its part is written, what failed, and whether it has waited too long."""
+    """What a rank says: its files once they are written, what failed, and whether it has waited too long."""
 
-    is_written: bool
+    files: Sums | None
     error: str
     is_late: bool
 
@@ -26,14 +27,18 @@ class Saving:
 
     Attributes:
         path: Of the directory.
-        seconds: What writing took on this rank; 0 until it is done.
+        seconds: What writing took on this rank, checksums included; 0 until it is done.
+        checksum_s: What the checksums took of it.
+        files: Of all ranks, once all have written theirs.
     """
 
     def __init__(self, state: State, path: Path, ranks: Ranks, group: Group) -> None:
         """Begins to write; `state` belongs to it from now on, and so does `group`."""
-        self.path, self.seconds = path, 0.0
+        self.path, self.seconds, self.checksum_s = path, 0.0, 0.0
+        self.files: Sums = {}
         self._ranks = ranks
-        self._error, self._is_written = "", False
+        self._error = ""
+        self._own: Sums | None = None
         self._thread = Thread(target=self._write, args=(state, group), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -59,28 +64,32 @@ class Saving:
 
     def _agree(self, late_after_s: float | None) -> bool:
         """What all ranks say is heard by all, so that they go on or fail together."""
-        own = _Progress(self._is_written, self._failure(), late_after_s is not None)
+        own = _Progress(self._own, self._failure(), late_after_s is not None)
         told = [
             msgspec.msgpack.decode(data, type=_Progress) for data in self._ranks.gather(msgspec.msgpack.encode(own))
         ]
         if error := next((each.error for each in told if each.error), ""):
             raise RunDirectoryError(error)
-        slow = [rank for rank, each in enumerate(told) if not each.is_written]
+        slow = [rank for rank, each in enumerate(told) if each.files is None]
         if slow and any(each.is_late for each in told):
             ranks = f"rank {slow[0]}" if len(slow) == 1 else f"ranks {', '.join(map(str, slow))}"
             raise StallError(f"the learner waited run.stall_timeout_s for {ranks} to write {self.path}")
+        if not slow:
+            self.files = {name: found for each in told for name, found in (each.files or {}).items()}
         return not slow
 
     def _failure(self) -> str:
-        died = not self._thread.is_alive() and not self._is_written
+        died = not self._thread.is_alive() and self._own is None
         return self._error or (f"{self.path}: cannot be written: its thread died, see the learner's log" * died)
 
     def _write(self, state: State, group: Group) -> None:
         began = time.monotonic()
         try:
             write(self.path, state, group)
+            written = time.monotonic()
+            files = sums_of(files_of(self.path, self._ranks.rank))
         except RunDirectoryError as error:
             self._error = str(error)
             return
-        self.seconds = time.monotonic() - began
-        self._is_written = True
+        self.seconds, self.checksum_s = time.monotonic() - began, time.monotonic() - written
+        self._own = files

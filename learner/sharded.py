@@ -105,6 +105,12 @@ def write(path: Path, state: State, group: dist.ProcessGroup | None) -> None:
         save(dict(state), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
 
 
+def files_of(path: Path, rank: int) -> list[Path]:
+    """The files of a directory that a rank has written: its data, and of the first one the metadata."""
+    metadata = [path / _METADATA] if rank == 0 else []
+    return [*sorted(path.glob(f"__{rank}_*")), *metadata]
+
+
 def read(path: Path, state: State, group: dist.ProcessGroup | None = None) -> None:
     """Fills the parts and tensors of `state` with what a directory holds under their names.
 

@@ -6,6 +6,7 @@ from common.versions import Lineages, Version
 from learner.link import LedgerLink
 from learner.ranks import Ranks
 
+NO_COMMIT = wire.Committed(sequence=0, num_visits=0)
 _Groups = tuple[wire.TrainingGroup, ...]
 
 
@@ -14,7 +15,7 @@ class SharedLedger:
 
     Attributes:
         activity: What the learner's beats report.
-        sequence: On the first rank: number of the commit that made the weights, in the ledger's order.
+        newest: On the first rank: what the ledger said of the commit that made the weights.
     """
 
     def __init__(self, ranks: Ranks, link: LedgerLink | None) -> None:
@@ -22,22 +23,22 @@ class SharedLedger:
         assert (link is not None) == ranks.is_first
         self._ranks, self._link = ranks, link
         self.activity = Activity() if link is None else link.activity
-        self.sequence = 0
+        self.newest = NO_COMMIT
 
-    def begin(self, checkpoint: Version | None, sequence: int) -> tuple[Version, Lineages]:
+    def begin(self, checkpoint: Version | None, commit: wire.Committed) -> tuple[Version, Lineages]:
         """The version under which training goes on from a checkpoint, and all lineages.
 
         Args:
             checkpoint: What the policy holds; None for the starting weights.
-            sequence: Number of the commit that made it, 0 for the starting weights.
+            commit: What the ledger said when they were made; `NO_COMMIT` for the starting weights.
 
         Raises:
             RunDirectoryError: The ledger and the checkpoint do not belong together.
         """
-        self.sequence = sequence
+        self.newest = commit
 
         def ask() -> wire.Begun:
-            version, lineages = self._first.begin(checkpoint, sequence)
+            version, lineages = self._first.begin(checkpoint, commit)
             return wire.Begun(version=version, branches=lineages.branches)
 
         begun = self._ranks.share(ask, wire.Begun)
@@ -54,7 +55,7 @@ class SharedLedger:
     def commit(self, version: Version, groups: _Groups) -> Version:
         """Tells the ledger that the step from `version` trained `groups`; returns the version that it made."""
         if self._link is not None:
-            self.sequence = self._link.commit(version, groups)
+            self.newest = self._link.commit(version, groups)
         return version.next()
 
     def publish(self, manifest: wire.Manifest) -> None:

@@ -163,6 +163,8 @@ class StatusReport(Message):
         version: The learner's; None before it began.
         members: The processes that are alive.
         accounts: How many visits are in each state.
+        epoch: Visits handed out, in prompts to train on.
+        epochs: The same of each file of `data.train`, by its name; right to one visit.
         filtered_right: Of the filtered ones, those whose completions are all right.
         filtered_wrong: Those whose completions are all wrong.
         evaluations: The finished ones after those that the asker knows.
@@ -174,6 +176,8 @@ class StatusReport(Message):
     version: Version | None
     members: tuple[Member, ...]
     accounts: dict[str, int]
+    epoch: float
+    epochs: dict[str, float]
     filtered_right: int
     filtered_wrong: int
     evaluations: tuple[Evaluation, ...]

@@ -25,11 +25,12 @@ class VisitState(StrEnum):
 class Begin(Message):
     """The learner holds the weights of a checkpoint (or the starting ones: None) and is about to train.
 
-    `sequence` is the number of the commit that made them, as `Committed` told it; 0 for the starting ones.
+    `sequence` and `num_visits` are what `Committed` told of the commit that made them; 0 for the starting ones.
     """
 
     checkpoint: Version | None
     sequence: int = 0
+    num_visits: int = 0
 
 
 class Begun(Message):
@@ -82,9 +83,15 @@ class Commit(Message):
 
 
 class Committed(Message):
-    """The step is stored. `sequence` counts the commits of all lineages, from 1: what a checkpoint names."""
+    """The step is stored: what a checkpoint names.
+
+    Attributes:
+        sequence: Number of the commit in all lineages, from 1.
+        num_visits: Visits handed out by then: the position in the data.
+    """
 
     sequence: int
+    num_visits: int
 
 
 class Manifest(Message):

@@ -68,7 +68,7 @@ _CHECKS = {
     "(SELECT number FROM visits WHERE state IN ('scored', 'reserved', 'trained'))",
     "visits without a reason": "SELECT COUNT(*) FROM visits WHERE reason = ''",
     "visits in a step that have none, or the other way round": "SELECT COUNT(*) FROM visits "
-    "WHERE (state IN ('reserved', 'trained')) != (step != '')",
+    "WHERE state != 'scored' AND (state IN ('reserved', 'trained')) != (step != '')",
     "leases without a holder": "SELECT COUNT(*) FROM visits WHERE (state = 'leased') != (holder != '')",
 }
 

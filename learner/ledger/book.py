@@ -6,6 +6,7 @@ from common.wire import VisitState
 from learner.ledger.visits import ENDED, Changes, Head, Visit
 
 _STATES = tuple(VisitState)
+_WITH_STEP = (VisitState.SCORED, VisitState.RESERVED, VisitState.TRAINED)
 
 
 class Book:
@@ -62,6 +63,8 @@ class Book:
         visit.state, visit.reason = state, reason
         if state is not VisitState.LEASED:
             visit.holder = ""
+        if state not in _WITH_STEP:
+            visit.step = None
         self._dirty[visit.number] = visit
         if payload is not None:
             self._payloads[visit.number] = payload

@@ -36,6 +36,7 @@ class Keeper:
         config: Of the run.
         ledger: The training visits.
         evaluations: The held-out ones.
+        epochs: How often the prompts have been visited.
         fleet: Who is in the run.
         overlap: Who worked when.
         manifest: Of the newest published version; None before the first.
@@ -51,6 +52,7 @@ class Keeper:
         self.store, self.config = store, config
         self.ledger = store.ledger(config, now)
         self.evaluations = store.evaluations(config, now)
+        self.epochs = store.epochs()
         self.fleet = Fleet(store.members(), now)
         self.overlap = Overlap()
         self.manifest = store.manifest()

@@ -1,5 +1,6 @@
 """The order of the data: which prompt a visit is of, by seed alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,3 +58,21 @@ class DataOrder:
             draws = np.random.default_rng(np.random.SeedSequence([self._seed, file, epoch]))
             self._orders[file] = (epoch, draws.permutation(prompts.num_prompts))
         return prompts.first + int(self._orders[file][1][offset])
+
+
+class Epochs:
+    """How often the prompts have been visited."""
+
+    def __init__(self, files: Mapping[str, PromptRange]) -> None:
+        """`files` are those to train on, by name."""
+        self._files = files
+        self._num_prompts = sum(file.num_prompts for file in files.values())
+        self._weights = sum(file.weight for file in files.values())
+
+    def total(self, num_visits: int) -> float:
+        """Visits handed out, in prompts."""
+        return num_visits / self._num_prompts
+
+    def of_files(self, num_visits: int) -> dict[str, float]:
+        """The same of each file, which has its share of the visits, give or take one."""
+        return {name: num_visits * file.weight / self._weights / file.num_prompts for name, file in self._files.items()}

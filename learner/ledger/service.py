@@ -123,11 +123,13 @@ class LedgerService:
     async def _status(self, status: wire.Status) -> wire.StatusReport:
         now = time.time()
         overlap_share, busy_shares = self.keeper.overlap.shares(now)
-        filtered = self.keeper.store.filtered()
+        filtered, num_visits = self.keeper.store.filtered(), self.keeper.ledger.head().num_visits
         return wire.StatusReport(
             version=self.keeper.ledger.track.current,
             members=self.keeper.fleet.members(now),
             accounts=self.keeper.ledger.accounts(),
+            epoch=self.keeper.epochs.total(num_visits),
+            epochs=self.keeper.epochs.of_files(num_visits),
             filtered_right=filtered.get(ALL_RIGHT, 0),
             filtered_wrong=filtered.get(ALL_WRONG, 0),
             evaluations=tuple(self.keeper.evaluations.finished[max(0, status.num_evaluations) :]),
@@ -157,7 +159,7 @@ class LedgerService:
 
     async def _begin(self, begin: wire.Begin) -> wire.Begun:
         with self.keeper.stored():
-            version = self.keeper.ledger.begin(begin.checkpoint, begin.sequence)
+            version = self.keeper.ledger.begin(begin.checkpoint, begin.sequence, begin.num_visits)
             self.keeper.evaluations.abandon(
                 v for v in self.keeper.evaluations.versions() if self.keeper.ledger.track.includes(v)
             )
@@ -199,7 +201,7 @@ class LedgerService:
         self.keeper.overlap.end_step(time.time())
         version = str(commit.version.next())
         logger().info("step_committed", version=version, sequence=sequence, num_groups=len(commit.visits))
-        return wire.Committed(sequence=sequence)
+        return wire.Committed(sequence=sequence, num_visits=self.keeper.ledger.head().num_visits)
 
     async def _publish(self, publish: wire.Publish) -> wire.Done:
         manifest = publish.manifest

@@ -16,11 +16,12 @@ from common.config import Config
 from common.errors import RefusedError
 from common.versions import Version
 from common.wire import VisitState
+from learner.ledger.batches import first_to_train, most_stale_first
 from learner.ledger.book import Book
 from learner.ledger.judgement import MIN_GRADED, malformed_reason, num_graded, uniform_reason, versions_of
 from learner.ledger.returns import Returns
 from learner.ledger.routes import RoutesCheck, unexpected_routes
-from learner.ledger.track import START, Track
+from learner.ledger.track import START, Track, check_position
 from learner.ledger.visits import Changes, Head, Visit
 
 
@@ -168,10 +169,10 @@ class Ledger:
 
     # The learner
 
-    def begin(self, checkpoint: Version | None, sequence: int = 0) -> Version:
+    def begin(self, checkpoint: Version | None, sequence: int = 0, num_visits: int = 0) -> Version:
         """The version under which the learner goes on from `checkpoint`; what it trained after that is scored again.
 
-        `sequence` is the number of the commit that made the checkpoint.
+        `sequence` is the number of the commit that made it, `num_visits` how many were handed out by then.
 
         Raises:
             RefusedError: The checkpoint is not of this run's path, or what followed it is no longer kept.
@@ -179,7 +180,7 @@ class Ledger:
         if checkpoint is None and not self.track.num_commits:
             self.track.current = version = START
         else:
-            version = self._resume(checkpoint or START, sequence)
+            version = self._resume(checkpoint or START, sequence, num_visits)
         self._break_up("it did not end")
         self.closing = ""
         self._returns.expire_outdated()
@@ -187,6 +188,8 @@ class Ledger:
 
     def reserve(self, version: Version, num_groups: int) -> list[Visit]:
         """The batch of the step from `version`, most stale first; empty while it is not whole. Idempotent by version.
+
+        A step that a resume undid is repeated with its groups, as far as they are not too stale now.
 
         Raises:
             RefusedError: The learner is not at that version, or asks for another number of groups than configured.
@@ -198,14 +201,14 @@ class Ledger:
         if num_groups != self._config.groups_per_step:
             raise RefusedError(f"found {num_groups} groups, expected groups_per_step = {self._config.groups_per_step}")
         if self._book.count(VisitState.RESERVED):
-            return self._most_stale_first(VisitState.RESERVED)
+            return most_stale_first(self.visits(VisitState.RESERVED), self._returns.staleness)
         if self._book.count(VisitState.SCORED) < num_groups or self.awaited_pins():
             return []
-        batch = self._most_stale_first(VisitState.SCORED)[:num_groups]
+        batch = first_to_train(self.visits(VisitState.SCORED), self._returns.staleness)[:num_groups]
         for visit in batch:
             visit.step = version
             self._book.move(visit, VisitState.RESERVED, f"for the step from {version}")
-        return batch
+        return most_stale_first(batch, self._returns.staleness)
 
     def reserved(self, version: Version, number: int) -> Visit | None:
         """A visit of the batch of the step from `version`; None where it is in none.
@@ -295,14 +298,13 @@ class Ledger:
         """The batch that is reserved is none any more."""
         for visit in self.visits(VisitState.RESERVED):
             self._book.move(visit, VisitState.SCORED, f"was in the step from {visit.step}: {reason}")
-            visit.step = None
 
-    def _resume(self, checkpoint: Version, sequence: int) -> Version:
+    def _resume(self, checkpoint: Version, sequence: int, num_visits: int) -> Version:
+        check_position(checkpoint, num_visits, self._book.num_visits)
         self.track.check_resume(checkpoint, sequence)
         for visit in self.visits(VisitState.TRAINED):
             if not self._is_contained(visit, checkpoint):
                 self._book.move(visit, VisitState.SCORED, f"the learner resumed from {checkpoint}")
-                visit.step = None
         return self.track.resume(checkpoint)
 
     # Versions
@@ -314,6 +316,3 @@ class Ledger:
 
     def _trained_from(self, version: Version) -> list[int]:
         return [visit.number for visit in self.visits(VisitState.TRAINED) if visit.step == version]
-
-    def _most_stale_first(self, state: VisitState) -> list[Visit]:
-        return sorted(self.visits(state), key=lambda visit: (-self._returns.staleness(visit), visit.number))

@@ -14,7 +14,7 @@ from common.config import Config
 from common.errors import DataError, RunDirectoryError
 from learner.ledger.database import Database, put_meta
 from learner.ledger.evaluations import EvaluationChanges, Evaluations
-from learner.ledger.order import DataOrder, PromptRange
+from learner.ledger.order import DataOrder, Epochs, PromptRange
 from learner.ledger.routes import routes_check
 from learner.ledger.rows import evaluation_row, evaluation_visit_of, visit_of, visit_row
 from learner.ledger.schema import SEGMENTS
@@ -173,6 +173,11 @@ class Store(Database):
             live=[visit_of(row, now) for row in live],
             ended=((number, wire.VisitState(state)) for number, state in ended),
         )
+
+    def epochs(self) -> Epochs:
+        """Counts epochs of the prompts to train on."""
+        files = self.rows("SELECT source, num_prompts, weight FROM files WHERE split = 'train' ORDER BY id")
+        return Epochs({name: PromptRange(0, num_prompts, weight) for name, num_prompts, weight in files})
 
     def filtered(self) -> dict[str, int]:
         """How many visits were filtered for each reason."""

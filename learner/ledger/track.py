@@ -7,6 +7,19 @@ from learner.ledger.visits import Head
 START = Version(0, 0)
 
 
+def check_position(checkpoint: Version, num_visits: int, num_handed_out: int) -> None:
+    """Checks that a ledger is not older than a checkpoint that knows of `num_visits` visits.
+
+    Raises:
+        RefusedError: It has handed out fewer.
+    """
+    if num_visits > num_handed_out:
+        raise RefusedError(
+            f"found a resume from {checkpoint}, which knows of {num_visits} visits, expected at most the "
+            f"{num_handed_out} that were handed out: the ledger is older than the checkpoint"
+        )
+
+
 class Track:
     """Where the learner is in the tree of versions.
 

@@ -69,7 +69,7 @@ class Visit(Leasable):
         pinned: Whether it has expired once: the learner waits for its next lease before it steps past the window.
         returned: Whether it went back because fewer than two of its completions were graded.
         versions: All that sampled a token of the stored group, each once.
-        step: The version that reserved or trained it.
+        step: The version that reserved or trained it; of a scored one, before a resume undid that.
     """
 
     state: VisitState = VisitState.WAITING

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.bench.report import Figure, page, table
 
-BENCHMARKS = ("wire", "ledger", "packing", "logprobs", "memory", "learner", "routing", "local")
+BENCHMARKS = ("wire", "ledger", "packing", "logprobs", "memory", "learner", "routing", "saving", "local")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import zmq.asyncio
 from common import wire
 from common.errors import DeadlineError, RefusedError, RunDirectoryError, SilenceError
 from common.rendezvous import Rendezvous, RunKeys
-from common.transport import Client, Service, ledger_client
+from common.transport import KEEPALIVE_S, Client, Service, ledger_client
 
 STATUS = wire.Status()
 
@@ -51,14 +51,14 @@ def test_a_client_of_another_run_gets_no_answer(tmp_path: Path) -> None:
 
 def test_a_held_request_is_not_silence(tmp_path: Path) -> None:
     async def slow(peer: bytes, request: wire.Request) -> wire.Answer:
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(2 * KEEPALIVE_S)
         return wire.Done()
 
     async def main() -> None:
         async with Service(slow, keys=None) as service:
             serving = asyncio.create_task(service.serve())
             async with Client(lambda: service.endpoint, keys=None, name="service") as client:
-                assert await client.ask_once(STATUS, wire.Done, silence_s=1.5) == wire.Done()
+                assert await client.ask_once(STATUS, wire.Done, silence_s=1.5 * KEEPALIVE_S) == wire.Done()
             serving.cancel()
 
     asyncio.run(main())

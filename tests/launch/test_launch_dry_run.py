@@ -110,6 +110,7 @@ def test_what_checkpoints_take_of_the_disk_is_told(cluster: Cluster) -> None:
         (["sampling.top_p=0.9"], "sampling.top_p = 0.9, sampling.top_k = 0: tokens come from a truncated distribution"),
         (["model=m", "data.train=t"], "data.test is empty: nothing is evaluated"),
         (["loss.shuffle_rewards=true"], "loss.shuffle_rewards = true: a control experiment"),
+        (["learner.keep_checkpoints=1"], "learner.keep_checkpoints = 1: where the newest checkpoint is damaged"),
     ],
 )
 def test_what_an_owner_may_not_expect_is_said(changes: list[str], words: str) -> None:

@@ -149,27 +149,33 @@ def test_a_step_is_one_line_where_there_is_no_terminal() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_choice_of_kernels_is_a_line_for_people(tmp_path: Path, terminal: bool) -> None:
+def test_what_the_learner_tells_people_is_a_line_each(tmp_path: Path, terminal: bool) -> None:
     log = tmp_path / "logs" / "learner-0.jsonl"
     log.parent.mkdir()
     log.write_text('{"event": "kernels", "chosen": {"norm": "torch"}}\n')
     progress = Progress(tmp_path, 10)
     progress.read()  # of an earlier run
     console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None, width=100)
+    damaged = {"event": "checkpoint_damaged", "checkpoint": "step-000020", "instead": "step-000010"}
+    damaged |= {"kept_as": "damaged-step-000020", "damage": "a: found 1 bytes, expected the 2 that were written"}
 
     async def follow() -> None:
         following = asyncio.create_task(Display(console).follow(progress))
         await asyncio.sleep(0)
         with log.open("a") as file:
             file.write('{"event": "kernels", "chosen": {"core_attention": "torch SDPA", "adam": "torch"}}\n')
+            file.write(json.dumps(damaged) + '\n{"event": "begins_afresh", "version": "1.0"}\n')
             file.write('{"event": "ready"}\n{"event": "ker')
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
 
     asyncio.run(follow())
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.findall(r"the learner's kernels: .*?$", shown, re.MULTILINE) == [
-        "the learner's kernels: core attention torch SDPA, adam torch"
+    assert re.findall(r"(?:the learner's kernels|the checkpoint|no checkpoint)\b.*?$", shown, re.MULTILINE) == [
+        "the learner's kernels: core attention torch SDPA, adam torch",
+        "the checkpoint step-000020 is damaged, the learner goes on from step-000010 (kept as damaged-step-000020): "
+        "a: found 1 bytes, expected the 2 that were written",
+        "no checkpoint to go on from: the learner begins with the starting weights, the ledger serves all again",
     ]
 
 

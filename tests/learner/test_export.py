@@ -21,8 +21,8 @@ from common.versions import Version
 from learner import export
 from learner.export import export_checkpoint, write_hugging_face
 from learner.ranks import Ranks
-from learner.saved import SavePoint
 from learner.sharded import write
+from tests.learner.saves import flip_a_bit, mark_saved
 from tests.learner.test_checkpoints import REPOSITORY, limited_files
 
 WEIGHTS = {"b.weight": torch.arange(60_000.0).view(300, 200), "a.weight": torch.ones(3)}
@@ -39,7 +39,7 @@ def checkpoint(tmp_path: Path) -> Path:
     write_resolved(Config(model=str(model), data=DataConfig(train="x")), tmp_path / "run")
     state = {f"weight.{name}": tensor for name, tensor in WEIGHTS.items()} | {"exp_avg.a.weight": torch.zeros(3)}
     write(path / "megatron", state, None)
-    SavePoint(version=Version(0, 7), sequence=7, run="run").write(path)
+    mark_saved(path, Version(0, 7))
     return path
 
 
@@ -69,19 +69,29 @@ def test_many_weights_come_in_shards_with_an_index(
 
 
 def test_a_missing_or_half_written_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunDirectoryError, match=r"step-000009: found no version.json .* expected a whole checkpoint"):
+    with pytest.raises(RunDirectoryError, match=r"step-000009: found no version.json, expected a whole checkpoint"):
         export_checkpoint(checkpoint.with_name("step-000009"), tmp_path / "out")
     (checkpoint / "megatron" / ".metadata").unlink()
-    with pytest.raises(RunDirectoryError, match=r"megatron: cannot be read: found no .metadata, expected"):
+    with pytest.raises(RunDirectoryError, match=r"megatron/.metadata: cannot be read: No such file"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_that_lacks_a_file_is_refused_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     next((checkpoint / "megatron").glob("*.distcp")).unlink()
-    with pytest.raises(RunDirectoryError, match="megatron: cannot be read: No such file") as caught:
+    with pytest.raises(RunDirectoryError, match=r"megatron/__0_0.distcp: cannot be read: No such file") as caught:
         export_checkpoint(checkpoint, tmp_path / "out")
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_command_refuses_a_damaged_checkpoint_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    flip_a_bit(checkpoint / "megatron" / "__0_0.distcp")
+    command = [sys.executable, "-m", "learner.export", str(checkpoint), str(tmp_path / "out")]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "megatron/__0_0.distcp: found checksum " in ended.stderr
     assert not list(tmp_path.glob("*out*"))
 
 

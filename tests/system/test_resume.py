@@ -1,6 +1,5 @@
 """Runs that go on in their directory, by the command that started them."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,7 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from common.rendezvous import RunKeys
+from learner.saved import SavePoint
 from tests.system.conftest import REPOSITORY, Run
 
 COMMON = ("run.resume=auto", "learner.checkpoint_every=2", "evaluation.every=14")
@@ -66,12 +68,12 @@ def _check_what_is_said_afterwards(run: Run) -> None:
 
 
 def _check_that_a_checkpoint_of_another_time_is_refused_once(run: Run) -> None:
-    point = run.directory / "checkpoints" / "step-000014" / "version.json"
-    content = json.loads(point.read_bytes())
-    point.write_text(json.dumps(content | {"sequence": content["sequence"] + 1}))
+    checkpoint = run.directory / "checkpoints" / "step-000014"
+    point = SavePoint.read(checkpoint)
+    msgspec.structs.replace(point, sequence=point.sequence + 1).write(checkpoint)
     refused = _cluster(run.directory, "steps=15")
     assert refused.returncode == 2, refused.stdout
-    assert f"expected commit {content['sequence']} of the ledger" in refused.stderr
+    assert f"expected commit {point.sequence} of the ledger" in refused.stderr
     assert "restart" not in refused.stdout
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from common import wire
 from common.errors import RunDirectoryError
 from common.learning import LearnerConfig
 from common.versions import Version
 from learner.link import LedgerLink
+from learner.shared import NO_COMMIT
 from tests.learner.ledger.roles import Fleet, Learner, MakeGroup, MakeRun, serving
 
 
@@ -34,7 +36,9 @@ def test_the_ledger_hears_at_the_start_of_a_checkpoint_that_it_was_not_told_of(
 
 def _begin(run_dir: Path) -> None:
     with LedgerLink(run_dir, stall_timeout_s=30, should_stop=lambda: False) as link:
-        version, _ = link.begin(Version(0, 1), 1)
+        with pytest.raises(RunDirectoryError, match=r"knows of 3 visits, expected at most the 2 that were handed out"):
+            link.begin(Version(0, 1), wire.Committed(sequence=1, num_visits=3))
+        version, _ = link.begin(Version(0, 1), wire.Committed(sequence=1, num_visits=2))
         assert version == Version(1, 1)
         with pytest.raises(RunDirectoryError, match=r"run: the ledger refused Begin: .* older are not kept"):
-            link.begin(None, 0)
+            link.begin(None, NO_COMMIT)

@@ -22,8 +22,10 @@ from learner.checkpoints import Checkpoints
 from learner.export import export_checkpoint
 from learner.ranks import Ranks
 from learner.sharded import write
+from learner.shared import NO_COMMIT
 from learner.step import train_step
 from tests.learner.megatron import conformance, tiny
+from tests.learner.saves import mark_saved
 
 Division = dict[str, Any]
 CHAINS: dict[str, list[tuple[str, Division]]] = {
@@ -163,7 +165,7 @@ def _in_and_out(directory: Path, split: str) -> None:
     checkpoint = directory / "checkpoints" / split
     write(checkpoint / "megatron", policy.snapshot(), dist.group.WORLD)
     if dist.get_rank() == 0:
-        (checkpoint / "version.json").write_text('{"version": [0, 1], "sequence": 1, "run": "run"}')
+        mark_saved(checkpoint, Version(0, 1))
 
 
 def _beside_training(base: Path) -> None:
@@ -175,7 +177,7 @@ def _beside_training(base: Path) -> None:
     division = {"data": 2}
     policy = _policy(base / "qwen3", division)
     checkpoints = Checkpoints(_config(base / "qwen3", division), base, ranks)
-    checkpoints.save(policy, Version(0, 1), 1)
+    checkpoints.save(policy, Version(0, 1), NO_COMMIT)
     before = [bool(list((base / "checkpoints").glob("step-*"))) for _ in range(2)]
     _step(policy, base / "qwen3", division, 0)
     assert (checkpoints.look() or checkpoints.finish()) is not None
@@ -185,7 +187,7 @@ def _beside_training(base: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     error = ""
     try:
-        checkpoints.save(policy, Version(0, 2), 2)
+        checkpoints.save(policy, Version(0, 2), NO_COMMIT)
         checkpoints.finish()
     except RunDirectoryError as caught:
         error = str(caught)
