@@ -42,6 +42,7 @@ class LedgerService:
             wire.Beat: self._beat,
             wire.Watch: self._watch,
             wire.LeaseRequest: self._lease,
+            wire.GiveBack: self._give_back,
             wire.ScoredGroup: self._score,
             wire.Begin: self._begin,
             wire.Reserve: self._reserve,
@@ -98,10 +99,10 @@ class LedgerService:
                     self.keeper.overlap.add(beat.role, span)
             training = tuple(key for key in beat.holds if not key.is_evaluation)
             evaluation = tuple(key for key in beat.holds if key.is_evaluation)
-            cancelled = self.keeper.ledger.beat(beat.name, training, now)
-            return wire.BeatAnswer(
-                cancelled=cancelled + self.keeper.evaluations.beat(beat.name, evaluation, now), known=True
-            )
+            finished = frozenset(beat.finished)
+            cancelled = self.keeper.ledger.beat(beat.name, training, now, finished)
+            cancelled += self.keeper.evaluations.beat(beat.name, evaluation, now, finished)
+            return wire.BeatAnswer(cancelled=cancelled, known=True)
 
     async def _watch(self, watch: wire.Watch) -> wire.Directory:
         def directory() -> wire.Directory:
@@ -174,6 +175,18 @@ class LedgerService:
         current = self.keeper.ledger.track.current
         behind = 0 if current is None else self.keeper.ledger.track.staleness(request.version)
         return lease_waits_for(self.keeper.config, self.keeper.ledger, behind)
+
+    async def _give_back(self, give_back: wire.GiveBack) -> wire.Done:
+        name = give_back.name
+        if give_back.leaves and self.keeper.fleet.leave(name):
+            self.keeper.store.drop_member(name)
+            logger().info("member_left", member=name)
+        with self.keeper.stored():
+            for lease in give_back.leases:
+                accounts = self.keeper.evaluations if lease.key.is_evaluation else self.keeper.ledger
+                if accounts.give_back(name, lease):
+                    logger().info("lease_given_back", member=name, visit=lease.key.visit, reason=lease.reason)
+        return wire.Done()
 
     async def _score(self, scored: wire.ScoredGroup) -> wire.Verdict:
         with self.keeper.stored():

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -34,8 +35,9 @@ def scored_group(key: LeaseKey, versions: tuple[Version, ...], correct: tuple[fl
         finish_reason=wire.FinishReason.STOP,
         seed=0,
     )
+    completions = tuple(msgspec.structs.replace(completion, seed=seed) for seed in range(len(correct)))
     group = wire.Group(
-        key=key, generator="g", prompt_id="p", answer="1", reward="exact", completions=(completion,) * 2, seconds=1.0
+        key=key, generator="g", prompt_id="p", answer="1", reward="exact", completions=completions, seconds=1.0
     )
     grades = tuple(
         wire.Grade(outcome=wire.Outcome.ERROR, correct=0.0, reward=0.0)
