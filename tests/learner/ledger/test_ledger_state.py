@@ -121,19 +121,6 @@ def test_a_visit_is_quarantined_when_its_attempts_are_used_up() -> None:
     assert visits[-1].reason.startswith("3 attempts used up, the last: generator-0 was silent")
 
 
-def test_beats_renew_a_lease_until_the_completions_deadline() -> None:
-    """And for a heartbeat's timeout more, in which the generator's own news of it would come."""
-    ledger = make_ledger(lease=LeaseConfig(heartbeat_timeout_s=15, completion_timeout_s=40))
-    (visit,) = grant(ledger)
-    key = visit.key
-    for now in (10.0, 20.0, 30.0, 40.0, 50.0, 55.0):
-        assert ledger.beat("generator-0", (key,), now) == ()
-        assert ledger.expire(now) == 0
-    assert ledger.expire(now=56.0) == 1
-    assert visit.reason == "not complete after 40 s at generator-0, which did not give it back"
-    assert ledger.beat("generator-0", (key,), 57.0) == (key,)
-
-
 def test_a_beat_of_another_generator_renews_nothing() -> None:
     ledger = make_ledger()
     (visit,) = grant(ledger)
