@@ -153,7 +153,7 @@ class Rollouts:
         token_ids = wire.ints(lease.prompt.token_ids)
         requests: dict[str, asyncio.Task[wire.Completion]] = {}
         for i in range(lease.num_completions):
-            request_id = f"{lease.key.visit}.{lease.key.attempt}.{i}."
+            request_id = f"{lease.key.visit}.{lease.key.attempt}.{i}."  # the last dot: 1 is not the beginning of 10
             completion = self._engine.generate(
                 token_ids,
                 lease.sampling,
