@@ -65,6 +65,10 @@ def _of_the_run(config: "Config") -> Contradictions:
             "sampling.top_k: found 1, expected 0 or at least 2: a greedy group is uniform and teaches nothing",
         ),
         (
+            config.lease.late == "train_rest" and config.group_size == 2,
+            "lease.late: found 'train_rest' with group_size = 2, where it has no effect: at least two must be there",
+        ),
+        (
             bool(config.run.dir) and config.run.name != _RUN.name,
             f"run.name: found {config.run.name!r} with run.dir = {config.run.dir!r}, where it has no effect",
         ),

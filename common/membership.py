@@ -75,14 +75,19 @@ class Membership:
         *,
         deadline_s: float,
         holds: Callable[[], tuple[wire.LeaseKey, ...]] = tuple,
+        finished: Callable[[], tuple[wire.LeaseKey, ...]] = tuple,
         cancel: Callable[[tuple[wire.LeaseKey, ...]], None] = lambda _: None,
     ) -> None:
-        """`holds` names the leases to renew, `cancel` hears of those no longer wanted; both are called in the loop."""
+        """`holds` names the leases to renew, and `finished` those of them that lack no completion.
+
+        `cancel` hears of those no longer wanted. All three are called in the loop.
+        """
         self._ledger = ledger
         self._hello = hello
         self._activity = activity
         self._deadline_s = deadline_s
         self._holds = holds
+        self._finished = finished
         self._cancel = cancel
 
     async def join(self) -> wire.Welcome:
@@ -102,7 +107,11 @@ class Membership:
         """
         while True:
             beat = wire.Beat(
-                role=self._hello.role, name=self._hello.name, holds=self._holds(), stats=self._activity.take()
+                role=self._hello.role,
+                name=self._hello.name,
+                holds=self._holds(),
+                finished=self._finished(),
+                stats=self._activity.take(),
             )
             answer = await self._ledger.ask(beat, wire.BeatAnswer, deadline_s=self._deadline_s)
             if not answer.known:

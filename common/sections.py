@@ -218,12 +218,15 @@ class LeaseConfig(Section):
 
     Attributes:
         heartbeat_timeout_s: Silence after which a generator's leases are granted to others.
-        completion_timeout_s: How long one attempt at a group may take.
+        completion_timeout_s: How long each completion may take from when a generator gets the lease; then it is late.
+        late: What becomes of a group with late completions: its lease is given back and its prompt sampled anew
+            (`give_back`), or it is trained without them where at least two are there (`train_rest`).
         max_attempts: Attempts after which a visit is quarantined.
     """
 
     heartbeat_timeout_s: Seconds = 15.0
     completion_timeout_s: Seconds = 600.0
+    late: Literal["give_back", "train_rest"] = "give_back"
     max_attempts: Count = 8
 
 

@@ -41,7 +41,13 @@ async def generate(config: Config, run_dir: Path, name: str, stop: asyncio.Event
             )
             hello = wire.Hello(role=wire.Role.GENERATOR, name=name, run=keys.public)
             membership = Membership(
-                ledger, hello, activity, deadline_s=patience_s, holds=rollouts.holds, cancel=rollouts.cancel
+                ledger,
+                hello,
+                activity,
+                deadline_s=patience_s,
+                holds=rollouts.holds,
+                finished=rollouts.finished,
+                cancel=rollouts.cancel,
             )
             await membership.join()
             working = [
@@ -55,8 +61,10 @@ async def generate(config: Config, run_dir: Path, name: str, stop: asyncio.Event
                 )
             ]
             await stop.wait()
+            held = rollouts.holds()
             for task in (*working, *handover.tasks()):
                 task.cancel()
+            await rollouts.leave(held)
     finally:
         engine.shutdown()
     logger().info("stopped")

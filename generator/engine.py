@@ -4,7 +4,7 @@ import base64
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,6 +20,20 @@ from common.versions import Version
 from common.wire import Completion, FinishReason, VersionSpan
 
 _UNLOADED = "0.0"
+
+
+class Load(NamedTuple):
+    """What the requests in an engine take, as its scheduler says.
+
+    Attributes:
+        num_running: Requests that it works on.
+        num_waiting: Requests that wait for their turn.
+        num_cached_tokens: Tokens of the KV cache that requests hold; what only the prefix cache keeps is not in it.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_cached_tokens: int
 
 
 class EngineError(SluiceError):
@@ -121,8 +135,20 @@ class Engine:
         """Tokens sampled so far, those of requests in flight too; SGLang tells of these every few dozen tokens."""
         return self._num_tokens + sum(len(state.output_ids) for state in self._manager.rid_to_state.values())
 
+    def load_now(self) -> Load:
+        """What the engine is busy with; its scheduler tells it at each prefill, every few decodes, and when idle."""
+        loads = self._manager.load_snapshot_reader.read_all()
+        return Load(
+            num_running=sum(load.num_running_reqs for load in loads),
+            num_waiting=sum(load.num_waiting_reqs for load in loads),
+            num_cached_tokens=sum(load.num_used_tokens for load in loads),
+        )
+
     def abort(self, request_id: str) -> None:
-        """Stops a request; its `generate` returns what there is, with finish reason `abort`."""
+        """Stops a request; its `generate` returns what there is, with finish reason `abort`.
+
+        SGLang stops each request whose id begins with this one: no id may be the beginning of another's.
+        """
         self._manager.abort_request(rid=request_id)
 
     async def load(self, manifest: wire.Manifest) -> None:

@@ -76,6 +76,7 @@ def summarize(rows: Rows) -> dict[str, Any]:
         "staleness_mean": _mean(rows.steps, "staleness_mean"),
         "staleness_max": max((number(row, "staleness_max") for row in rows.steps), default=math.nan),
         "groups": rows.end.get("accounts", {}),
+        "quarantined": rows.end.get("accounts", last).get("quarantined", 0),
         "checkpoint": rows.end.get("checkpoint", ""),
         "idle": {role: _final(rows, f"{role}_idle") for role in _ROLES},
         "overlap_share": _final(rows, "overlap_share"),
@@ -120,6 +121,9 @@ def _describe(summary: dict[str, Any], run_dir: Path) -> str:
         f"plot: {run_dir / PLOT}",
         f"summary: {run_dir / SUMMARY}",
     ]
+    if num := summary["quarantined"]:
+        prompts = "prompt" if num == 1 else "prompts"
+        lines.append(f"quarantined: {num:.0f} {prompts}; why: python -m learner.ledger --audit {run_dir}")
     if summary["checkpoint"]:
         lines.append(f"checkpoint: {summary['checkpoint']}")
     return "\n".join(lines)

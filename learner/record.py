@@ -157,6 +157,9 @@ def _fleet(status: wire.StatusReport) -> dict[str, float]:
             row[f"{role}_idle"] = 1 - float(np.mean([m.busy_share for m in members]))
         rates = [m.tokens_per_s if unit == "tokens" else m.items_per_s for m in members]
         row[f"{role}_{unit}_per_s"] = float(np.sum(rates))
-    states = (wire.VisitState.FILTERED, wire.VisitState.WAITING, wire.VisitState.LEASED, wire.VisitState.SCORED)
+    states = (
+        *(wire.VisitState.FILTERED, wire.VisitState.QUARANTINED),
+        *(wire.VisitState.WAITING, wire.VisitState.LEASED, wire.VisitState.SCORED),
+    )
     filtered = {"filtered_right": status.filtered_right, "filtered_wrong": status.filtered_wrong}
     return row | {state.value: status.accounts.get(state, 0) for state in states} | filtered

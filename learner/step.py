@@ -226,6 +226,7 @@ def batch_metrics(
         "num_groups_right": float(sum(known == {1.0} for known in correctness)),
         "num_groups_wrong": float(sum(known == {0.0} for known in correctness)),
         "num_completions": float(len(pairs)),
+        "num_late": float(len(groups) * config.group_size - len(pairs)),
         "num_masked": float(sum(failed) + truncated),
         "num_masked_timeout": float(failed[0]),
         "num_masked_error": float(failed[1]),

@@ -11,6 +11,7 @@ A request and its answer:
     anyone       ledger     Beat           BeatAnswer
     anyone       ledger     Watch          Directory      (held until something changes)
     generator    ledger     LeaseRequest   Leases         (held until there is one)
+    generator    ledger     GiveBack       Done
     generator    verifier   RoomRequest    Room           (held until there is room)
     generator    verifier   Group          Verdict        (held until the ledger has stored it)
     verifier     ledger     ScoredGroup    Verdict
@@ -64,10 +65,12 @@ from common.wire.groups import (
     spans as spans,
 )
 from common.wire.leases import (
+    GiveBack as GiveBack,
     Lease as Lease,
     LeaseRequest as LeaseRequest,
     Leases as Leases,
     Prompt as Prompt,
+    Returned as Returned,
     Room as Room,
     RoomRequest as RoomRequest,
     Sampling as Sampling,

@@ -8,7 +8,7 @@ from common.errors import WireError
 from common.wire.base import Message
 from common.wire.fleet import Beat, BeatAnswer, Directory, Hello, Status, StatusReport, Watch, Welcome
 from common.wire.groups import Group, ScoredGroup, Verdict
-from common.wire.leases import LeaseRequest, Leases, Room, RoomRequest
+from common.wire.leases import GiveBack, LeaseRequest, Leases, Room, RoomRequest
 from common.wire.training import (
     Batch,
     Begin,
@@ -36,7 +36,7 @@ class Refused(Message):
 
 
 _FromAnyone: TypeAlias = Hello | Beat | Watch | Status
-_FromGenerator: TypeAlias = LeaseRequest | RoomRequest | Group
+_FromGenerator: TypeAlias = LeaseRequest | GiveBack | RoomRequest | Group
 _FromLearner: TypeAlias = Begin | Reserve | Fetch | Commit | Publish | Checkpoint | Evaluate | Finish
 Request: TypeAlias = _FromAnyone | _FromGenerator | ScoredGroup | _FromLearner
 

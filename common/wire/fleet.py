@@ -56,11 +56,20 @@ class Stats(Message):
 
 
 class Beat(Message):
-    """A sign of life, which renews the leases that the process still works on (or waits to hand over)."""
+    """A sign of life, which renews the leases that the process still works on (or waits to hand over).
+
+    Attributes:
+        role: What it is.
+        name: Which it is.
+        holds: Those leases.
+        finished: Those of them whose completions are all there: they wait for a verifier, or for its verdict.
+        stats: What it did since its last beat.
+    """
 
     role: Role
     name: str
     holds: tuple[LeaseKey, ...] = ()
+    finished: tuple[LeaseKey, ...] = ()
     stats: Stats | None = None
 
 

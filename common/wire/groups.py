@@ -117,7 +117,7 @@ class Group(Message):
         prompt_id: Of the prompt, for logs.
         answer: The reference answer.
         reward: Name of the reward.
-        completions: `group_size` of them, or the evaluation's number of samples.
+        completions: `group_size` of them, fewer where late ones were left out; or the evaluation's number of samples.
         seconds: Wall-clock from lease to last token.
     """
 

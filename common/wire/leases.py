@@ -1,5 +1,7 @@
 """Who may produce what: prompts, leases, and room at a verifier."""
 
+from typing import NamedTuple
+
 from common.versions import Version
 from common.wire.base import LeaseKey, Message
 
@@ -50,6 +52,8 @@ class Lease(Message):
         num_completions: How many.
         sampling: How.
         seed: Completion i samples with seed + i.
+        deadline_s: How long each completion may take from when the generator gets the lease; then it is late.
+        min_completions: How many must have ended by then: the others are left out. Of fewer there is no group.
         pinned_version: For an evaluation: the version the engine should keep until it is done.
         routed_experts: Whether the completions carry them.
     """
@@ -59,6 +63,8 @@ class Lease(Message):
     num_completions: int
     sampling: Sampling
     seed: int
+    deadline_s: float
+    min_completions: int
     pinned_version: Version | None = None
     routed_experts: bool = False
 
@@ -68,6 +74,25 @@ class Leases(Message):
 
     leases: tuple[Lease, ...]
     waiting_for: str = ""
+
+
+class Returned(NamedTuple):
+    """A lease that a generator gives back, and why."""
+
+    key: LeaseKey
+    reason: str
+
+
+class GiveBack(Message):
+    """A generator makes no group of these leases: their prompts are free at once, and their attempts count.
+
+    Idempotent, and fenced: what another attempt or another generator has by now is left alone. One that `leaves` is
+    about to end, and gets no lease any more.
+    """
+
+    name: str
+    leases: tuple[Returned, ...]
+    leaves: bool = False
 
 
 class RoomRequest(Message):

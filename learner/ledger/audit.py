@@ -10,6 +10,8 @@ from common.wire import VisitState
 from learner.ledger.store import Store
 from learner.ledger.waits import run_waits_for
 
+_MOST_NAMED = 20
+
 
 class Audit(NamedTuple):
     """What an audit found.
@@ -58,7 +60,15 @@ def _lines(store: Store, config: Config, counts: dict[str, int]) -> list[str]:
         ledger, evaluations = store.ledger(config, now), store.evaluations(config, now)
         waits = run_waits_for(config, ledger, evaluations, None, store.manifest())
         lines.append(f"waiting for: {waits or 'nothing'}")
-    return lines
+    return [*lines, *_quarantined(store, counts.get(VisitState.QUARANTINED, 0))]
+
+
+def _quarantined(store: Store, num: int) -> list[str]:
+    """The newest of those that were given up, with their reasons."""
+    query = "SELECT number, prompt, reason FROM visits WHERE state = 'quarantined' ORDER BY number DESC LIMIT ?"
+    rows = store.rows(query, _MOST_NAMED)
+    lines = [f"quarantined: visit {number} ({store.prompt(prompt).id}): {reason}" for number, prompt, reason in rows]
+    return lines + ([f"quarantined: {num - len(rows)} more"] if num > len(rows) else [])
 
 
 _CHECKS = {

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,7 +13,7 @@ from common.config import Config
 from common.versions import Version
 from learner.ledger.judgement import malformed_reason, versions_of
 from learner.ledger.routes import unexpected_routes
-from learner.ledger.visits import Leasable
+from learner.ledger.visits import Leasable, renew
 
 OLD_ENGINE_AFTER_S = 10.0
 
@@ -143,10 +143,22 @@ class Evaluations:
         self._changes.visits += granted
         return granted
 
-    def beat(self, name: str, holds: tuple[wire.LeaseKey, ...], now: float) -> tuple[wire.LeaseKey, ...]:
-        """Renews the leases that a generator holds, and returns those that are no longer wanted."""
-        visits = ((key, self._visits.get(key.visit)) for key in holds)
-        return tuple(key for key, visit in visits if visit is None or not visit.renew(key, name, now))
+    def beat(
+        self, name: str, holds: tuple[wire.LeaseKey, ...], now: float, finished: Container[wire.LeaseKey] = ()
+    ) -> tuple[wire.LeaseKey, ...]:
+        """Renews the leases that a generator holds, and returns those that are no longer wanted.
+
+        Of those that are `finished`, as it says, no completion is late any more.
+        """
+        return renew(self._visits.get, name, holds, now, finished)
+
+    def give_back(self, name: str, lease: wire.Returned) -> bool:
+        """Ends the attempt that its holder gives back; returns whether it still had it."""
+        visit = self._visits.get(lease.key.visit)
+        if visit is None or not visit.is_held(lease.key, name):
+            return False
+        self._give_back(visit)
+        return True
 
     def free(self, name: str) -> int:
         """Ends the leases of a process that was replaced; returns how many there were."""
@@ -156,7 +168,7 @@ class Evaluations:
         return len(held)
 
     def expire(self, now: float) -> int:
-        """Ends the leases whose heartbeat or completion is overdue; returns how many there were."""
+        """Ends the leases whose heartbeat or completions are overdue; returns how many there were."""
         overdue = [v for v in self._visits.values() if v.holder and v.lapse_reason(self._config.lease, now)]
         for visit in overdue:
             self._give_back(visit)
@@ -174,7 +186,8 @@ class Evaluations:
         if visit.attempt != key.attempt or not visit.holder:
             return wire.Verdict(status="refused", reason=f"attempt {key.attempt} at evaluation {key.visit} is over")
         versions = versions_of(scored.group)
-        reason = malformed_reason(scored, versions, self._config.evaluation.num_samples, num_lineages)
+        num_samples = self._config.evaluation.num_samples
+        reason = malformed_reason(scored, versions, (num_samples, num_samples), num_lineages)
         if reason := reason or unexpected_routes(scored.group):
             self._give_back(visit)
             return wire.Verdict(status="refused", reason=f"malformed: {reason}")

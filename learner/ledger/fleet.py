@@ -92,6 +92,10 @@ class Fleet:
             role=hello.role, name=hello.name, endpoint=hello.endpoint, joined_at=now, heard_at=now
         )
 
+    def leave(self, name: str) -> bool:
+        """Forgets a process that is about to end; returns whether it was known."""
+        return self._processes.pop(name, None) is not None
+
     def beat(self, beat: wire.Beat, now: float) -> bool:
         """Takes a sign of life; False where the process has to say hello first."""
         process = self._processes.get(beat.name)

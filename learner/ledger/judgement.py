@@ -1,21 +1,33 @@
 """What is wrong with a scored group, or uniform about it: pure functions."""
 
 from common import wire
+from common.config import Config
 from common.versions import Version
 
 MIN_GRADED = 2
 ALL_RIGHT, ALL_WRONG = "all graded completions are right", "all graded completions are wrong"
 
 
+def min_completions(config: Config) -> int:
+    """The smallest group that is trained."""
+    return MIN_GRADED if config.lease.late == "train_rest" else config.group_size
+
+
 def malformed_reason(
-    scored: wire.ScoredGroup, versions: tuple[Version, ...], num_completions: int, num_lineages: int
+    scored: wire.ScoredGroup, versions: tuple[Version, ...], sizes: tuple[int, int], num_lineages: int
 ) -> str:
-    """Why a scored group, sampled under `versions`, cannot be what was leased; empty where it can."""
-    completions = scored.group.completions
-    if len(completions) != num_completions:
-        return f"found {len(completions)} completions, expected {num_completions}"
-    if len(scored.grades) != num_completions:
-        return f"found {len(scored.grades)} grades for {num_completions} completions"
+    """Why a scored group, sampled under `versions`, cannot be what was leased; empty where it can.
+
+    `sizes` are the fewest and the most completions that it may have.
+    """
+    completions, (fewest, most) = scored.group.completions, sizes
+    if not fewest <= len(completions) <= most:
+        expected = f"{most}" if fewest == most else f"{fewest} to {most}"
+        return f"found {len(completions)} completions, expected {expected}"
+    if len(scored.grades) != len(completions):
+        return f"found {len(scored.grades)} grades for {len(completions)} completions"
+    if num_twice := len(completions) - len({completion.seed for completion in completions}):
+        return f"found {num_twice} completions with the seed of another, expected one each"
     if any(c.finish_reason is wire.FinishReason.ABORT for c in completions):
         return "found an aborted completion"
     if any(version.lineage >= num_lineages for version in versions):

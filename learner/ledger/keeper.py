@@ -69,6 +69,7 @@ class Keeper:
             changes, evaluations = self.ledger.drain(), self.evaluations.drain()
             self.store.save(changes, evaluations)
             self._wake(changes, evaluations)
+            self._name_quarantined(changes)
 
     async def sync(self) -> None:
         """What is stored by now survives the loss of the machine; others are answered meanwhile.
@@ -123,6 +124,12 @@ class Keeper:
             self.store.drop_member(process.name)
             self.revise()
             logger().warning("member_lost", member=process.name, silent_s=round(now - process.heard_at, 1))
+
+    def _name_quarantined(self, changes: Changes) -> None:
+        for visit in changes.visits:
+            if visit.state is VisitState.QUARANTINED:
+                prompt = self.store.prompt(visit.prompt).id
+                logger().warning("prompt_quarantined", visit=visit.number, prompt=prompt, reason=visit.reason)
 
     def _wake(self, changes: Changes, evaluations: EvaluationChanges) -> None:
         if any(visit.state not in _OPEN for visit in changes.visits) or any(v.is_free for v in evaluations.visits):

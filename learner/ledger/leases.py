@@ -5,6 +5,7 @@ import hashlib
 from common import wire
 from common.config import Config
 from learner.ledger.evaluations import EvaluationVisit
+from learner.ledger.judgement import min_completions
 from learner.ledger.store import Store
 from learner.ledger.visits import Visit
 
@@ -19,6 +20,8 @@ def training_lease(store: Store, config: Config, visit: Visit) -> wire.Lease:
         num_completions=config.group_size,
         sampling=config.sampling.on_wire(),
         seed=lease_seed(config.seed, visit.key),
+        deadline_s=config.lease.completion_timeout_s,
+        min_completions=min_completions(config),
         routed_experts=config.learner.routing_replay,
     )
 
@@ -31,6 +34,8 @@ def evaluation_lease(store: Store, config: Config, visit: EvaluationVisit) -> wi
         num_completions=config.evaluation.num_samples,
         sampling=config.evaluation.sampling.on_wire(),
         seed=lease_seed(config.seed, visit.key),
+        deadline_s=config.lease.completion_timeout_s,
+        min_completions=config.evaluation.num_samples,
         pinned_version=visit.version,
     )
 

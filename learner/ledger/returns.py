@@ -35,6 +35,41 @@ class Returns:
         else:
             self._book.move(visit, VisitState.WAITING, reason)
 
+    def return_lease(self, name: str, lease: wire.Returned) -> bool:
+        """Ends the attempt that its holder gives back; returns whether it still had it."""
+        visit = self._book.find(VisitState.LEASED, lease.key.visit)
+        if visit is None or not visit.is_held(lease.key, name):
+            return False
+        self.give_back(visit, f"{name} gave it back: {lease.reason}")
+        return True
+
+    def free(self, name: str) -> int:
+        """Ends the leases of a process that was replaced; returns how many there were."""
+        held = [visit for visit in self._book.visits(VisitState.LEASED) if visit.holder == name]
+        for visit in held:
+            self.give_back(visit, f"{name} was replaced")
+        return len(held)
+
+    def lapse(self, now: float) -> int:
+        """Ends the leases whose heartbeat or completions are overdue; returns how many there were."""
+        num = 0
+        for visit in self._book.visits(VisitState.LEASED):
+            if reason := visit.lapse_reason(self._config.lease, now):
+                self.give_back(visit, reason)
+                num += 1
+        return num
+
+    def late_verdict(self, key: wire.LeaseKey) -> wire.Verdict:
+        """What to say of a result whose lease is over."""
+        if not 0 <= key.visit < self._book.num_visits:
+            return wire.Verdict(status="refused", reason=f"visit {key.visit} was never handed out")
+        state = self._book.state_of(key.visit)
+        if state in (VisitState.SCORED, VisitState.RESERVED, VisitState.TRAINED, VisitState.FILTERED):
+            return wire.Verdict(status="duplicate", reason=f"visit {key.visit} is {state.value}")
+        return wire.Verdict(
+            status="refused", reason=f"attempt {key.attempt} is over: visit {key.visit} is {state.value}"
+        )
+
     def expire(self, visit: Visit) -> str:
         """Gives back a visit that has become too stale, and pins it; returns the reason."""
         versions = visit.versions or (visit.granted or START,)

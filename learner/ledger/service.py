@@ -44,6 +44,7 @@ class LedgerService:
             wire.Beat: self._beat,
             wire.Watch: self._watch,
             wire.LeaseRequest: self._lease,
+            wire.GiveBack: self._give_back,
             wire.ScoredGroup: self._score,
             wire.Begin: self._begin,
             wire.Reserve: self._reserve,
@@ -101,8 +102,9 @@ class LedgerService:
                     self.keeper.overlap.add(beat.role, span)
             training = tuple(key for key in beat.holds if not key.is_evaluation)
             evaluation = tuple(key for key in beat.holds if key.is_evaluation)
-            cancelled = self.keeper.ledger.beat(beat.name, training, now)
-            cancelled += self.keeper.evaluations.beat(beat.name, evaluation, now)
+            finished = frozenset(beat.finished)
+            cancelled = self.keeper.ledger.beat(beat.name, training, now, finished)
+            cancelled += self.keeper.evaluations.beat(beat.name, evaluation, now, finished)
             next_s = self.keeper.fleet.pace_s(self.keeper.config.lease.heartbeat_timeout_s)
             return wire.BeatAnswer(cancelled=cancelled, known=True, next_s=next_s)
 
@@ -144,6 +146,19 @@ class LedgerService:
 
     async def _lease(self, request: wire.LeaseRequest) -> wire.Leases:
         return await self.leases.ask(request)
+
+    async def _give_back(self, give_back: wire.GiveBack) -> wire.Done:
+        name = give_back.name
+        if give_back.leaves and self.keeper.fleet.leave(name):
+            self.keeper.store.drop_member(name)
+            self.leases.leave(name)
+            logger().info("member_left", member=name)
+        with self.keeper.stored():
+            for lease in give_back.leases:
+                accounts = self.keeper.evaluations if lease.key.is_evaluation else self.keeper.ledger
+                if accounts.give_back(name, lease):
+                    logger().info("lease_given_back", member=name, visit=lease.key.visit, reason=lease.reason)
+        return wire.Done()
 
     async def _score(self, scored: wire.ScoredGroup) -> wire.Verdict:
         with self.keeper.stored():

@@ -9,7 +9,8 @@ Every call either refuses and changes nothing that was asked for, or changes the
 to be stored, as one transaction, before anyone hears of it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
+from functools import partial
 
 from common import wire
 from common.config import Config
@@ -18,11 +19,18 @@ from common.versions import Version
 from common.wire import VisitState
 from learner.ledger.batches import first_to_train, most_stale_first
 from learner.ledger.book import Book
-from learner.ledger.judgement import MIN_GRADED, malformed_reason, num_graded, uniform_reason, versions_of
+from learner.ledger.judgement import (
+    MIN_GRADED,
+    malformed_reason,
+    min_completions,
+    num_graded,
+    uniform_reason,
+    versions_of,
+)
 from learner.ledger.returns import Returns
 from learner.ledger.routes import RoutesCheck, unexpected_routes
 from learner.ledger.track import START, Track, check_position
-from learner.ledger.visits import Changes, Head, Visit
+from learner.ledger.visits import Changes, Head, Visit, renew
 
 
 class Ledger:
@@ -118,26 +126,26 @@ class Ledger:
             granted.append(visit)
         return granted
 
-    def beat(self, name: str, holds: tuple[wire.LeaseKey, ...], now: float) -> tuple[wire.LeaseKey, ...]:
-        """Renews the leases that a generator holds, and returns those that are no longer wanted."""
-        visits = ((key, self._book.find(VisitState.LEASED, key.visit)) for key in holds)
-        return tuple(key for key, visit in visits if visit is None or not visit.renew(key, name, now))
+    def beat(
+        self, name: str, holds: tuple[wire.LeaseKey, ...], now: float, finished: Container[wire.LeaseKey] = ()
+    ) -> tuple[wire.LeaseKey, ...]:
+        """Renews the leases that a generator holds, and returns those that are no longer wanted.
+
+        Of those that are `finished`, as it says, no completion is late any more.
+        """
+        return renew(partial(self._book.find, VisitState.LEASED), name, holds, now, finished)
+
+    def give_back(self, name: str, lease: wire.Returned) -> bool:
+        """Ends the attempt that its holder gives back; returns whether it still had it."""
+        return self._returns.return_lease(name, lease)
 
     def free(self, name: str) -> int:
         """Ends the leases of a process that was replaced; returns how many there were."""
-        held = [visit for visit in self.visits(VisitState.LEASED) if visit.holder == name]
-        for visit in held:
-            self._returns.give_back(visit, f"{name} was replaced")
-        return len(held)
+        return self._returns.free(name)
 
     def expire(self, now: float) -> int:
-        """Ends the leases whose heartbeat or completion is overdue; returns how many there were."""
-        num = 0
-        for visit in self.visits(VisitState.LEASED):
-            if reason := visit.lapse_reason(self._config.lease, now):
-                self._returns.give_back(visit, reason)
-                num += 1
-        return num
+        """Ends the leases whose heartbeat or completions are overdue; returns how many there were."""
+        return self._returns.lapse(now)
 
     def store(self, scored: wire.ScoredGroup, payload: bytes) -> wire.Verdict:
         """Takes a scored group, or says why not. Fenced by (visit, attempt); the first one stored wins.
@@ -149,10 +157,10 @@ class Ledger:
         key = scored.group.key
         visit = self._book.find(VisitState.LEASED, key.visit)
         if visit is None or visit.attempt != key.attempt:
-            return self._late(key)
+            return self._returns.late_verdict(key)
         config = self._config
-        versions = versions_of(scored.group)
-        reason = malformed_reason(scored, versions, config.group_size, len(self.track.lineages.branches))
+        versions, sizes = versions_of(scored.group), (min_completions(config), config.group_size)
+        reason = malformed_reason(scored, versions, sizes, len(self.track.lineages.branches))
         if reason := reason or self._routes_check(visit.prompt, scored.group):
             self._returns.give_back(visit, f"malformed: {reason}")
             return wire.Verdict(status="refused", reason=f"malformed: {reason}")
@@ -282,17 +290,6 @@ class Ledger:
             if not rejected:
                 return visit
             self._book.move(visit, VisitState.REJECTED, rejected)
-
-    def _late(self, key: wire.LeaseKey) -> wire.Verdict:
-        """What to say of a result whose lease is over."""
-        if not 0 <= key.visit < self._book.num_visits:
-            return wire.Verdict(status="refused", reason=f"visit {key.visit} was never handed out")
-        state = self._book.state_of(key.visit)
-        if state in (VisitState.SCORED, VisitState.RESERVED, VisitState.TRAINED, VisitState.FILTERED):
-            return wire.Verdict(status="duplicate", reason=f"visit {key.visit} is {state.value}")
-        return wire.Verdict(
-            status="refused", reason=f"attempt {key.attempt} is over: visit {key.visit} is {state.value}"
-        )
 
     def _break_up(self, reason: str) -> None:
         """The batch that is reserved is none any more."""

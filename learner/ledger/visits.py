@@ -1,5 +1,6 @@
 """Visits: what the ledger knows of one turn of one prompt."""
 
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import msgspec
@@ -23,6 +24,8 @@ class Leasable:
         granted: The version that the generator's engine held: no token is older.
         granted_at: Wall-clock seconds since the epoch.
         heard_at: When the holder last named the lease in a beat. Not stored: a restart begins it anew.
+        is_sampling: Whether completions are known to be missing. Not stored: after a restart none are until the
+            holder is heard, so that a group which waits for a verifier is not taken for a late one.
     """
 
     number: int
@@ -32,6 +35,7 @@ class Leasable:
     granted: Version | None = None
     granted_at: float = 0.0
     heard_at: float = 0.0
+    is_sampling: bool = False
 
     @property
     def key(self) -> LeaseKey:
@@ -42,21 +46,46 @@ class Leasable:
         """Opens the next attempt."""
         self.attempt += 1
         self.holder, self.granted, self.granted_at, self.heard_at = holder, version, now, now
+        self.is_sampling = True
 
-    def renew(self, key: LeaseKey, holder: str, now: float) -> bool:
+    def is_held(self, key: LeaseKey, holder: str) -> bool:
+        """Whether this is the holder's, and the newest attempt."""
+        return self.key == key and self.holder == holder
+
+    def renew(self, key: LeaseKey, holder: str, now: float, *, is_sampling: bool) -> bool:
         """Hears of a lease; returns whether it is the holder's newest here."""
-        is_held = self.key == key and self.holder == holder
+        is_held = self.is_held(key, holder)
         if is_held:
-            self.heard_at = now
+            self.heard_at, self.is_sampling = now, is_sampling
         return is_held
 
     def lapse_reason(self, limits: LeaseConfig, now: float) -> str:
-        """Why the lease is over; empty while it is not. Its heartbeat and its completion have clocks of their own."""
+        """Why the lease is over; empty while it is not. Its heartbeat and its completions have clocks of their own.
+
+        The generator itself ends what is late: that it did not, and yet beats, is known once its deadline is past by
+        more than the time in which any news of it comes, which is the heartbeat's.
+        """
         if now - self.heard_at > limits.heartbeat_timeout_s:
             return f"{self.holder} was silent for {limits.heartbeat_timeout_s:g} s"
-        if now - self.granted_at > limits.completion_timeout_s:
-            return f"not complete after {limits.completion_timeout_s:g} s at {self.holder}"
+        if self.is_sampling and now - self.granted_at > limits.completion_timeout_s + limits.heartbeat_timeout_s:
+            return f"not complete after {limits.completion_timeout_s:g} s at {self.holder}, which did not give it back"
         return ""
+
+
+def renew(
+    find: Callable[[int], Leasable | None],
+    holder: str,
+    holds: tuple[LeaseKey, ...],
+    now: float,
+    finished: Container[LeaseKey],
+) -> tuple[LeaseKey, ...]:
+    """Hears of the leases that a generator holds; returns those that are over. `find` has what is leased, by number."""
+    found = ((key, find(key.visit)) for key in holds)
+    return tuple(
+        key
+        for key, leased in found
+        if leased is None or not leased.renew(key, holder, now, is_sampling=key not in finished)
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from common import wire
 from common.config import Config, GeneratorConfig
 from common.versions import Version
 from generator.engine import Engine
+from tests.models import write_tiny_model
 
 
 class RunningEngine(NamedTuple):
@@ -45,7 +46,8 @@ def running_engine(config: Config) -> Generator[RunningEngine]:
 
 
 @pytest.fixture(scope="package")  # an idle engine keeps a core busy
-def running(tiny_model: Path) -> Generator[RunningEngine]:
-    """An engine of the tiny model."""
-    with running_engine(Config(model=str(tiny_model), generator=GeneratorConfig(max_total_tokens=16_384))) as running:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningEngine]:
+    """An engine of the tiny model, with room for long answers."""
+    model = write_tiny_model(tmp_path_factory.mktemp("long") / "model", "qwen3", max_position_embeddings=4096)
+    with running_engine(Config(model=str(model), generator=GeneratorConfig(max_total_tokens=16_384))) as running:
         yield running

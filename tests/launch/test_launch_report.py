@@ -97,6 +97,20 @@ def test_a_run_that_was_killed_is_summarized_from_its_steps(tmp_path: Path) -> N
     assert summary["groups"] == {}
 
 
+def test_prompts_that_were_given_up_are_counted_from_the_accounts_or_the_last_step(tmp_path: Path) -> None:
+    write_rows(tmp_path, [step_row(1, quarantined=0), step_row(2, quarantined=3)])
+    text = write_report(tmp_path)
+    assert f"quarantined: 3 prompts; why: python -m learner.ledger --audit {tmp_path}" in text.splitlines()
+    assert json.loads((tmp_path / "summary.json").read_text())["quarantined"] == 3
+    end = {"kind": "end", "step": 2, "time": 1.0, "reason": "all steps are done", "accounts": {"quarantined": 1}}
+    write_rows(tmp_path, [step_row(1, quarantined=0), end])
+    assert "quarantined: 1 prompt;" in write_report(tmp_path)
+
+
+def test_a_run_that_gave_nothing_up_says_nothing_of_it(run_dir: Path) -> None:
+    assert "quarantined" not in write_report(run_dir)
+
+
 def test_a_run_that_went_on_after_an_end_is_not_told_to_have_ended_there(tmp_path: Path) -> None:
     stopped = {"kind": "end", "step": 1, "time": 1.0, "reason": "stopped on request", "accounts": ACCOUNTS}
     write_rows(tmp_path, [step_row(1), stopped, step_row(2)])

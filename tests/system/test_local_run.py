@@ -17,7 +17,7 @@ STEP_KEYS = set(
     """
     step steps lineage time seconds wait_s update_s publish_s checkpoint_s recompute_s
     forward_backward_s optimizer_s export_s reward correct num_groups
-    num_completions num_masked num_tokens tokens_per_completion staleness_mean staleness_max loss grad_norm lr
+    num_completions num_late num_masked num_tokens tokens_per_completion staleness_mean staleness_max loss grad_norm lr
     clip_fraction clip_fraction_low clip_fraction_high staleness_clip_fraction ratio_mean weight_mean weight_min
     weight_max staleness_ratio_min staleness_ratio_max clip_fraction_at_staleness_0 clip_fraction_at_length_q1
     logprob_difference_k3 num_rejected overlong_penalty noise_floor num_masked_timeout num_masked_error
@@ -25,7 +25,7 @@ STEP_KEYS = set(
     effective_sample_share entropy logprob_difference_mean logprob_difference_p99 skipped_updates
     nonfinite_updates
     learner_tokens_per_s generator_tokens_per_s verifier_completions_per_s learner_idle generator_idle
-    verifier_idle ledger_idle overlap_share filtered waiting leased scored epoch epochs
+    verifier_idle ledger_idle overlap_share filtered quarantined waiting leased scored epoch epochs
     """.split()  # noqa: SIM905
 )
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -96,7 +97,7 @@ def make_group() -> MakeGroup:
             prompt_id="p",
             answer="1",
             reward="exact",
-            completions=(completion,) * len(correct),
+            completions=tuple(msgspec.structs.replace(completion, seed=i) for i in range(len(correct))),
             seconds=1.0,
         )
         grades = tuple(

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from common import wire
 from common.config import Config
 from common.versions import Version
+from common.wire import LeaseKey
 from learner.ledger.routes import RoutesCheck
 from learner.ledger.state import Ledger
 from learner.ledger.visits import Visit
@@ -37,3 +40,26 @@ def train(ledger: Ledger, make_group: MakeGroup, *versions: Version) -> list[int
     assert len(batch) == 2
     ledger.commit(ledger.track.current, tuple(batch))
     return batch
+
+
+def scored_group(key: LeaseKey, versions: tuple[Version, ...], correct: tuple[float | None, ...]) -> wire.ScoredGroup:
+    """A group whose completions have a token of each of the versions; where `correct` is None, grading failed."""
+    spans = [wire.VersionSpan(i + 1, version) for i, version in enumerate(versions)]
+    completion = wire.Completion(
+        token_ids=wire.int_bytes([1] * len(versions)),
+        logprobs=wire.float_bytes([-0.5] * len(versions)),
+        versions=wire.span_bytes(spans),
+        finish_reason=wire.FinishReason.STOP,
+        seed=0,
+    )
+    completions = tuple(msgspec.structs.replace(completion, seed=seed) for seed in range(len(correct)))
+    group = wire.Group(
+        key=key, generator="g", prompt_id="p", answer="1", reward="exact", completions=completions, seconds=1.0
+    )
+    grades = tuple(
+        wire.Grade(outcome=wire.Outcome.ERROR, correct=0.0, reward=0.0)
+        if value is None
+        else wire.Grade(outcome=wire.Outcome.WRONG, correct=value, reward=value)
+        for value in correct
+    )
+    return wire.ScoredGroup(group=group, grades=grades, verifier="v")

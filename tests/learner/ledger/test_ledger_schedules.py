@@ -3,7 +3,7 @@
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, settings, strategies as st
@@ -19,45 +19,27 @@ from common.wire import LeaseKey, VisitState
 from learner.ledger.evaluations import EvaluationChanges
 from learner.ledger.state import Ledger
 from learner.ledger.store import Store
+from tests.learner.ledger.rules import scored_group
 
 NUM_PROMPTS = 7
 NOTHING = EvaluationChanges([], [], [])
 ENDED = {"filtered", "rejected", "quarantined", "unused"}
 
 
-def scored_group(key: LeaseKey, versions: tuple[Version, ...], correct: tuple[float | None, ...]) -> wire.ScoredGroup:
-    spans = [wire.VersionSpan(i + 1, version) for i, version in enumerate(versions)]
-    completion = wire.Completion(
-        token_ids=wire.int_bytes([1] * len(versions)),
-        logprobs=wire.float_bytes([-0.5] * len(versions)),
-        versions=wire.span_bytes(spans),
-        finish_reason=wire.FinishReason.STOP,
-        seed=0,
-    )
-    group = wire.Group(
-        key=key, generator="g", prompt_id="p", answer="1", reward="exact", completions=(completion,) * 2, seconds=1.0
-    )
-    grades = tuple(
-        wire.Grade(outcome=wire.Outcome.ERROR, correct=0.0, reward=0.0)
-        if value is None
-        else wire.Grade(outcome=wire.Outcome.WRONG, correct=value, reward=value)
-        for value in correct
-    )
-    return wire.ScoredGroup(group=group, grades=grades, verifier="v")
-
-
 class Schedules(RuleBasedStateMachine):
     """A ledger that is killed and read back at any moment, beside a plain account of what was trained."""
 
-    @initialize(max_staleness=st.integers(0, 3), filter_uniform=st.booleans())
-    def start(self, max_staleness: int, filter_uniform: bool) -> None:
+    @initialize(
+        max_staleness=st.integers(0, 3), filter_uniform=st.booleans(), late=st.sampled_from(["give_back", "train_rest"])
+    )
+    def start(self, max_staleness: int, filter_uniform: bool, late: Literal["give_back", "train_rest"]) -> None:
         self.directory = tempfile.TemporaryDirectory()
         self.config = Config(
-            group_size=2,
+            group_size=3,
             groups_per_step=2,
             updates_per_step=1,
             max_staleness=max_staleness,
-            lease=LeaseConfig(heartbeat_timeout_s=5, completion_timeout_s=20, max_attempts=5),
+            lease=LeaseConfig(heartbeat_timeout_s=5, completion_timeout_s=20, late=late, max_attempts=5),
             learner=LearnerConfig(keep_checkpoints=2),
             loss=LossConfig(filter_uniform=filter_uniform),
         )
@@ -72,6 +54,7 @@ class Schedules(RuleBasedStateMachine):
         self.now = 0.0
         self.results: list[wire.ScoredGroup] = []
         self.leases: list[tuple[LeaseKey, Version]] = []
+        self.finished: set[LeaseKey] = set()
         self.committed: list[tuple[Version, tuple[int, ...]]] = []
         self.checkpoints: list[tuple[Version, int]] = []
         self.num_commits = self.sequence = 0
@@ -115,10 +98,15 @@ class Schedules(RuleBasedStateMachine):
 
     @precondition(lambda self: self.leases)
     @rule(
-        data=st.data(), correct=st.sampled_from([(1.0, 0.0), (1.0, 0.0), (1.0, 1.0), (None, 1.0)]), newer=st.booleans()
+        data=st.data(),
+        correct=st.sampled_from(
+            [(1.0, 0.0, 1.0), (1.0, 0.0, None), (1.0, 1.0, 1.0), (None, None, 1.0), (1.0, 0.0), (1.0, 1.0), (1.0,)]
+        ),
+        newer=st.booleans(),
     )
     def sample(self, data: st.DataObject, correct: tuple[float | None, ...], newer: bool) -> None:
         key, version = data.draw(st.sampled_from(self.leases))
+        self.finished.add(key)
         versions = (version, self.current) if newer and version != self.current else (version,)
         self.results.append(scored_group(key, versions, correct))
 
@@ -132,14 +120,33 @@ class Schedules(RuleBasedStateMachine):
         verdict = self.call(lambda: self.ledger.store(scored, wire.encode(scored)))
         if verdict.status == "stored" and self.state_of(scored.group.key.visit) == "scored":
             assert scored.group.key not in self.sampled
+            expected = {"give_back": {3}, "train_rest": {2, 3}}[self.config.lease.late]
+            assert len(scored.grades) in expected
             self.sampled[scored.group.key] = tuple(span.version for span in scored.group.completions[0].spans())
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), name=st.sampled_from("ab"))
+    def give_back(self, data: st.DataObject, name: str) -> None:
+        """Of any lease so far, by either: what its holder has no more changes nothing."""
+        key, _ = data.draw(st.sampled_from(self.leases))
+        visit = next((v for v in self.ledger.visits(VisitState.LEASED) if v.number == key.visit), None)
+        is_held = visit is not None and (visit.key, visit.holder) == (key, name)
+        before = self.ledger.accounts()
+        for was_held in (is_held, False):
+            assert self.call(lambda: self.ledger.give_back(name, wire.Returned(key, "late"))) is was_held
+        assert self.ledger.accounts()["leased"] == before["leased"] - is_held
+        assert is_held or self.ledger.accounts() == before
 
     @rule(seconds=st.floats(0, 12), beats=st.booleans())
     def wait(self, seconds: float, beats: bool) -> None:
         self.now += seconds
         if beats:
-            self.call(lambda: [self.ledger.beat(n, tuple(k for k, _ in self.leases), self.now) for n in "ab"])
+            held = tuple(key for key, _ in self.leases)
+            self.call(lambda: [self.ledger.beat(name, held, self.now, self.finished) for name in "ab"])
+        leased = self.ledger.visits(VisitState.LEASED)
+        kept = {v.key for v in leased if beats and v.key in self.finished}
         self.call(lambda: self.ledger.expire(self.now))
+        assert kept <= {v.key for v in self.ledger.visits(VisitState.LEASED)}
 
     @rule(name=st.sampled_from("ab"))
     def replace(self, name: str) -> None:
@@ -158,7 +165,7 @@ class Schedules(RuleBasedStateMachine):
         self.call(lambda: self.ledger.expire(self.now))
         for visit in self.call(lambda: self.ledger.grant("a", self.current, 6, self.now)):
             self.leases.append((visit.key, self.current))
-            self.store_group(scored_group(visit.key, (self.current,), (1.0, 0.0)))
+            self.store_group(scored_group(visit.key, (self.current,), (1.0, 0.0, 1.0)))
         assert len(self.call(lambda: self.ledger.reserve(self.current, 2))) == 2
 
     @precondition(lambda self: self.ledger.visits(VisitState.RESERVED))

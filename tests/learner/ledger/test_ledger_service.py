@@ -1,6 +1,7 @@
 """The ledger as a process, asked over ZeroMQ by a generator, a verifier and a learner."""
 
 import asyncio
+import json
 import signal
 from pathlib import Path
 
@@ -182,3 +183,70 @@ def test_the_learner_goes_on_when_the_generator_of_a_pinned_prompt_dies(
             assert report.accounts["waiting"] == 1
 
     asyncio.run(scenario())
+
+
+def test_the_learner_goes_on_when_a_pinned_prompt_is_given_back_and_that_it_was_given_up_is_told(
+    make_run: MakeRun, make_group: MakeGroup
+) -> None:
+    run_dir, config = make_run(max_staleness=1, lease=LeaseConfig(max_attempts=2))
+
+    async def scenario() -> None:
+        async with serving(run_dir) as (_, client):
+            late, other = (Fleet(run_dir, client, make_group, f"generator-{i}") for i in range(2))
+            learner = Learner(client, config)
+            await late.join()
+            await other.join()
+            await learner.begin()
+            (slow,) = (await _ask_for_leases(client, learner.version)).leases
+            assert (slow.deadline_s, slow.min_completions) == (600.0, 2)
+            for step in range(3):
+                if step == 2:
+                    (slow,) = (await _ask_for_leases(client, learner.version)).leases
+                    assert slow.key == (0, 2)
+                assert await other.work(learner.version, room=2) == 2
+                await learner.commit(await learner.reserve())
+            assert await other.work(learner.version, room=2) == 2
+            held = asyncio.create_task(learner.reserve())
+            await asyncio.sleep(0.3)
+            assert not held.done()
+            await _give_back(client, slow)
+            assert len((await asyncio.wait_for(held, timeout=0.5)).groups) == config.groups_per_step
+            await _give_back(client, slow)
+            accounts = (await client.ask(wire.Status(), wire.StatusReport, deadline_s=30)).accounts
+            assert (accounts["quarantined"], accounts["waiting"]) == (1, 0)
+
+    asyncio.run(scenario())
+    events = [json.loads(line) for line in (run_dir / "logs" / "ledger.jsonl").read_text().splitlines()]
+    (told,) = [event for event in events if event["event"] == "prompt_quarantined"]
+    assert told["visit"] == 0
+    assert told["prompt"].startswith("train/train/")
+    assert told["reason"].endswith("generator-0 gave it back: late")
+
+
+def test_a_generator_that_leaves_gets_no_lease_by_the_request_that_it_left_behind(
+    make_run: MakeRun, make_group: MakeGroup
+) -> None:
+    run_dir, config = make_run(max_staleness=0)
+
+    async def scenario() -> None:
+        async with serving(run_dir) as (_, client):
+            fleet, learner = Fleet(run_dir, client, make_group), Learner(client, config)
+            await fleet.join()
+            await learner.begin()
+            leases = (await _ask_for_leases(client, learner.version, room=9)).leases
+            abandoned = asyncio.create_task(_ask_for_leases(client, learner.version, room=9))
+            await asyncio.sleep(0.2)
+            assert not abandoned.done()
+            await _give_back(client, *leases, leaves=True)
+            assert (await abandoned).leases == ()
+            report = await client.ask(wire.Status(), wire.StatusReport, deadline_s=30)
+            assert (report.accounts["waiting"], report.accounts["leased"]) == (config.groups_per_step, 0)
+            assert [member.role for member in report.members] == ["verifier"]
+
+    asyncio.run(scenario())
+
+
+async def _give_back(client: Client, *leases: wire.Lease, leaves: bool = False) -> None:
+    returned = tuple(wire.Returned(lease.key, "late") for lease in leases)
+    request = wire.GiveBack(name="generator-0", leases=returned, leaves=leaves)
+    await client.ask(request, wire.Done, deadline_s=30)

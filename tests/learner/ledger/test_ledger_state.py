@@ -121,17 +121,6 @@ def test_a_visit_is_quarantined_when_its_attempts_are_used_up() -> None:
     assert visits[-1].reason.startswith("3 attempts used up, the last: generator-0 was silent")
 
 
-def test_beats_renew_a_lease_until_the_completions_deadline() -> None:
-    ledger = make_ledger(lease=LeaseConfig(heartbeat_timeout_s=15, completion_timeout_s=40))
-    (visit,) = grant(ledger)
-    key = visit.key
-    for now in (10.0, 20.0, 30.0, 40.0):
-        assert ledger.beat("generator-0", (key,), now) == ()
-        assert ledger.expire(now) == 0
-    assert ledger.expire(now=41.0) == 1
-    assert ledger.beat("generator-0", (key,), 42.0) == (key,)
-
-
 def test_a_beat_of_another_generator_renews_nothing() -> None:
     ledger = make_ledger()
     (visit,) = grant(ledger)

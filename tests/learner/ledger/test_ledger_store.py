@@ -9,6 +9,7 @@ import pytest
 from common import wire
 from common.config import Config
 from common.errors import RunDirectoryError
+from common.sections import LeaseConfig
 from common.versions import Version
 from learner.ledger.audit import audit
 from learner.ledger.judgement import ALL_RIGHT, ALL_WRONG
@@ -140,6 +141,40 @@ def test_a_manifest_and_members_outlive_the_process(tmp_path: Path) -> None:
     again = Store(tmp_path)
     assert again.manifest() == manifest
     assert again.members() == [("verifier-0", "verifier", "tcp://x")]
+
+
+def test_a_restart_takes_no_group_that_waits_for_a_verifier_for_a_late_one(make_run: MakeRun) -> None:
+    """Which leases are finished is not stored: the deadline runs on once the holder says that one is not."""
+    run_dir, config = make_run(lease=LeaseConfig(heartbeat_timeout_s=15, completion_timeout_s=40))
+    store = Store(run_dir)
+    prepare(store, config)
+    ledger = store.ledger(config, 0.0)
+    keys = tuple(visit.key for visit in ledger.grant("generator-0", ledger.begin(None), 2, 0.0))
+    ledger.beat("generator-0", keys, 90.0, finished=keys[:1])
+    store.save(ledger.drain(), store.evaluations(config, 0.0).drain())
+    again = store.ledger(config, 100.0)
+    assert again.expire(114.0) == 0
+    assert again.beat("generator-0", keys, 115.0, finished=keys[:1]) == ()
+    assert again.expire(115.0) == 1
+    assert again.beat("generator-0", keys, 116.0, finished=keys[:1]) == keys[1:]
+
+
+def test_quarantined_prompts_are_named_with_their_reasons(make_run: MakeRun) -> None:
+    run_dir, config = make_run(lease=LeaseConfig(max_attempts=1), max_staleness=20)
+    store = Store(run_dir)
+    prepare(store, config)
+    ledger = store.ledger(config, 0.0)
+    for visit in ledger.grant("generator-0", ledger.begin(None), 22, 0.0):
+        ledger.give_back("generator-0", wire.Returned(visit.key, "too slow"))
+    store.save(ledger.drain(), store.evaluations(config, 0.0).drain())
+    found = audit(run_dir)
+    assert found.wrong == []
+    named = [line for line in found.lines if line.startswith("quarantined:")]
+    assert len(named) == 21
+    prompt = store.prompt(store.rows("SELECT prompt FROM visits WHERE number = 21")[0][0]).id
+    reason = "1 attempts used up, the last: generator-0 gave it back: too slow"
+    assert named[0] == f"quarantined: visit 21 ({prompt}): {reason}"
+    assert named[-1] == "quarantined: 2 more"
 
 
 def test_filtered_visits_are_counted_by_reason(make_run: MakeRun, make_group: MakeGroup) -> None:

@@ -1,0 +1,170 @@
+"""Late completions and leases that are given back, on the real engine and with the real ledger."""
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Generator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from common import wire
+from common.sections import EvaluationConfig, GeneratorConfig, LeaseConfig, SamplingConfig
+from common.versions import Version
+from learner.ledger.audit import audit
+from learner.ledger.leases import lease_seed
+from tests.generator.bigrams import END, SHORT, write_bigram_model
+from tests.generator.conftest import RunningEngine, manifest
+from tests.generator.sites import Site, make_run, site
+from tests.groups import completion, grade, training_group
+from tests.learner.ledger.roles import Fleet
+
+LATE = LeaseConfig(completion_timeout_s=1.5, max_attempts=2)
+ANSWERS = SamplingConfig(max_tokens=1000)
+LONGER = SamplingConfig(max_tokens=3000)
+
+
+@pytest.fixture(scope="module")
+def bigrams(running: RunningEngine, tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningEngine]:
+    """The shared engine with other weights, at the version that a new run begins with."""
+    engine = running.engine
+    assert engine.version is not None
+    before, model = engine.version, tmp_path_factory.mktemp("bigrams") / "model"
+    running.run(engine.load(manifest(write_bigram_model(model, running.model), Version(0, 0))))
+    yield running._replace(model=model)
+    running.run(engine.load(manifest(running.model, before.next())))
+
+
+async def until(holds: Callable[[], bool | Awaitable[bool]], what: str) -> None:
+    """Waits until something holds, for at most 20 s."""
+    give_up = time.monotonic() + 20
+    while time.monotonic() < give_up:
+        found = holds()
+        if found if isinstance(found, bool) else await found:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"waited 20 s for {what}")
+
+
+def test_a_lease_that_falls_behind_stops_using_the_engine(bigrams: RunningEngine, tmp_path: Path) -> None:
+    """By the scheduler's own count of requests and of tokens in the KV cache. Another generator does the steps."""
+    engine, run_dir, prompts = bigrams.engine, tmp_path / "run", ["b", *["a"] * 9]
+    one = GeneratorConfig(max_groups=1)
+    config = make_run(run_dir, bigrams.model, prompts, group_size=2, max_staleness=1, sampling=LONGER, generator=one)
+    idle, seen = engine.load_now(), []
+
+    async def scenario() -> None:
+        async with site(engine, run_dir, config) as at:
+            await until(lambda: engine.load_now().num_running == 2, "the engine to begin")
+            seen.append(engine.load_now())
+            other = Fleet(run_dir, at.ledger, scored_by_hand, name="generator-1")
+            await other.join()
+            for room in (3, 2):
+                assert await other.work(at.learner.version, room) == room
+                await until(lambda: engine.load_now().num_cached_tokens > seen[-1].num_cached_tokens, "more tokens")
+                seen.append(engine.load_now())
+                await at.learner.commit(await at.learner.reserve())
+            await until(lambda: engine.load_now().num_running == 0, "the engine to be idle")
+            assert at.rollouts.holds() == ()
+
+    bigrams.run(scenario())
+    assert (idle.num_running, idle.num_waiting) == (0, 0)
+    assert [load.num_running for load in seen] == [2, 2, 2]
+    assert engine.load_now() == idle
+
+
+def scored_by_hand(key: wire.LeaseKey, version: Version, correct: tuple[float, ...]) -> wire.ScoredGroup:
+    """A group that no engine sampled."""
+    assert key.attempt == 1
+    completions = [completion([2], [-0.5], version, seed=i) for i in range(len(correct))]
+    return training_group([2], completions, map(grade, correct), visit=key.visit).scored
+
+
+def test_a_late_group_is_given_back_until_its_attempts_are_used_up(bigrams: RunningEngine, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = make_run(run_dir, bigrams.model, ["="] * 2, group_size=8, max_staleness=0, sampling=ANSWERS, lease=LATE)
+
+    async def scenario() -> None:
+        async with site(bigrams.engine, run_dir, config) as at:
+            await until(lambda: _at_least(at, "quarantined", 2), "two prompts to be given up")
+            assert at.verifier.groups == []
+
+    bigrams.run(scenario())
+    reasons = [line for line in audit(run_dir).lines if line.startswith("quarantined: ")]
+    assert len(reasons) == 2
+    expected = (
+        r"quarantined: visit \d \(train/train/\d\): 2 attempts used up, the last: generator-0 gave it back: [0-7] of 8 "
+    )
+    assert all(re.match(expected + r"completions after 1\.5 s, expected 8$", reason) for reason in reasons), reasons
+
+
+def test_a_group_is_trained_without_its_late_completions_and_an_evaluation_is_not_counted_without_them(
+    bigrams: RunningEngine, tmp_path: Path
+) -> None:
+    evaluation = EvaluationConfig(num_samples=8, sampling=ANSWERS)
+    lease = msgspec.structs.replace(LATE, late="train_rest")
+    changes = {"group_size": 8, "max_staleness": 0, "sampling": ANSWERS, "evaluation": evaluation, "lease": lease}
+    config = make_run(tmp_path / "run", bigrams.model, ["="] * 9, **changes)
+
+    async def scenario() -> wire.Batch:
+        async with site(bigrams.engine, tmp_path / "run", config) as at:
+            await at.ledger.ask(wire.Evaluate(version=Version(0, 0)), wire.Done, deadline_s=30)
+            await until(lambda: _at_least(at, "scored", 2), "a batch")
+            batch = await at.learner.reserve()
+            await until(lambda: _is_evaluated(at), "the evaluation")
+            (result,) = (await at.status()).evaluations
+            assert (result.num_prompts, result.num_failed) == (2, 16)
+            assert not [group for group in at.verifier.groups if group.key.is_evaluation]
+            return batch
+
+    batch = bigrams.run(scenario())
+    assert len(batch.groups) == 2
+    for training in batch.groups:
+        group = training.scored.group
+        first = lease_seed(config.seed, group.key)
+        seeds = [completion.seed - first for completion in group.completions]
+        assert 2 <= len(seeds) < 8
+        assert seeds == sorted(set(seeds) & set(range(8)))
+        assert {tuple(wire.ints(completion.token_ids)) for completion in group.completions} == {(SHORT, END)}
+
+
+def test_a_group_that_waits_for_a_verifier_is_not_late(bigrams: RunningEngine, tmp_path: Path) -> None:
+    lease = LeaseConfig(completion_timeout_s=1.0, heartbeat_timeout_s=3.0)
+    config = make_run(tmp_path / "run", bigrams.model, ["a"] * 4, group_size=4, max_staleness=0, lease=lease)
+
+    async def scenario() -> None:
+        async with site(bigrams.engine, tmp_path / "run", config) as at:
+            at.verifier.is_open = False
+            await until(lambda: len(at.rollouts.finished()) == 2, "two whole groups")
+            await asyncio.sleep(lease.completion_timeout_s + lease.heartbeat_timeout_s + 2.0)
+            at.verifier.is_open = True
+            await until(lambda: _at_least(at, "scored", 2), "a batch")
+            assert sorted(group.key for group in at.verifier.groups) == [(0, 1), (1, 1)]
+
+    bigrams.run(scenario())
+
+
+def test_a_generator_that_stops_leaves_its_leases_to_others_at_once(bigrams: RunningEngine, tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run", bigrams.model, ["b"] * 4, group_size=4, max_staleness=0, sampling=LONGER)
+
+    async def scenario() -> None:
+        async with site(bigrams.engine, tmp_path / "run", config) as at:
+            await until(lambda: len(at.rollouts.holds()) == 2, "two leases")
+            held = at.rollouts.holds()
+            at.stop()
+            await at.rollouts.leave(held)
+            report = await at.status()
+            assert (report.accounts["waiting"], report.accounts["leased"]) == (2, 0)
+            assert report.members == ()
+            await until(lambda: bigrams.engine.load_now().num_running == 0, "the engine to be idle")
+
+    bigrams.run(scenario())
+
+
+async def _at_least(at: Site, state: str, num: int) -> bool:
+    return (await at.status()).accounts[state] >= num
+
+
+async def _is_evaluated(at: Site) -> bool:
+    return bool((await at.status()).evaluations)
