@@ -1,7 +1,9 @@
 """Who may produce what: prompts, leases, and room at a verifier."""
 
+from common.errors import WireError
 from common.versions import Version
-from common.wire.base import LeaseKey, Message
+from common.wire.arrays import ints
+from common.wire.base import Count, Duration, LeaseKey, Message, Name, Natural, Share, Small, Text
 
 
 class Prompt(Message):
@@ -15,30 +17,39 @@ class Prompt(Message):
         reward: Name of the reward that grades it.
     """
 
-    id: str
-    source: str
+    id: Name
+    source: Name
     token_ids: bytes
-    answer: str
-    reward: str
+    answer: Text
+    reward: Name
+
+    def check(self) -> None:
+        """Checks what the types cannot say.
+
+        Raises:
+            WireError: There is no token, or one is negative.
+        """
+        if not self.token_ids or len(self.token_ids) % 4 or (ints(self.token_ids) < 0).any():
+            raise WireError(f"found a prompt of {len(self.token_ids)} bytes, expected int32 token ids of at least 0")
 
 
 class Sampling(Message):
     """How an engine samples. `top_k` = 0 considers all tokens; `temperature` = 0 is greedy."""
 
-    temperature: float
-    top_p: float
-    top_k: int
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    temperature: Duration
+    top_p: Share
+    top_k: Small
+    max_tokens: Count
+    stop: tuple[Text, ...] = ()
+    stop_token_ids: tuple[Small, ...] = ()
 
 
 class LeaseRequest(Message):
     """A generator has room for up to `room` more groups; its engine holds `version`."""
 
-    name: str
+    name: Name
     version: Version
-    room: int
+    room: Small
 
 
 class Lease(Message):
@@ -56,9 +67,9 @@ class Lease(Message):
 
     key: LeaseKey
     prompt: Prompt
-    num_completions: int
+    num_completions: Count
     sampling: Sampling
-    seed: int
+    seed: Natural
     pinned_version: Version | None = None
     routed_experts: bool = False
 
@@ -67,16 +78,16 @@ class Leases(Message):
     """Granted leases, oldest visit first; empty where the request timed out, with what the ledger waits for."""
 
     leases: tuple[Lease, ...]
-    waiting_for: str = ""
+    waiting_for: Text = ""
 
 
 class RoomRequest(Message):
     """A generator has `num_groups` to hand over."""
 
-    num_groups: int
+    num_groups: Small
 
 
 class Room(Message):
     """The verifier has room for `num_groups` from this peer, for a while."""
 
-    num_groups: int
+    num_groups: Small

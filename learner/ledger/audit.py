@@ -31,6 +31,7 @@ def audit(run_dir: Path) -> Audit:
     """
     config, store = read_resolved(run_dir), Store(run_dir, read_only=True)
     try:
+        store.check_whole()
         store.begin_reading()
         counts = dict(store.rows("SELECT state, COUNT(*) FROM visits GROUP BY state"))
         wrong = _wrong(store, config, counts)

@@ -18,6 +18,7 @@ from common.versions import Version
 from common.wire import VisitState
 from learner.ledger.book import Book
 from learner.ledger.judgement import MIN_GRADED, malformed_reason, num_graded, uniform_reason, versions_of
+from learner.ledger.pins import Pins
 from learner.ledger.returns import Returns
 from learner.ledger.routes import RoutesCheck, unexpected_routes
 from learner.ledger.track import START, Track
@@ -57,6 +58,7 @@ class Ledger:
         self._book = Book(head.num_visits, live, ended)
         self.track, self.closing = Track(head), head.closing
         self._returns = Returns(config, self._book, self.track)
+        self._pins = Pins(config, self._book, self._returns)
         self._stored_head = head
 
     def accounts(self) -> dict[str, int]:
@@ -200,22 +202,16 @@ class Ledger:
         if num_groups != self._config.groups_per_step:
             raise RefusedError(f"found {num_groups} groups, expected groups_per_step = {self._config.groups_per_step}")
         if self._book.count(VisitState.RESERVED):
-            return self._most_stale_first(VisitState.RESERVED)
-        if self._book.count(VisitState.SCORED) < num_groups or self.awaited_pins():
-            return []
-        batch = self._most_stale_first(VisitState.SCORED)[:num_groups]
+            return self._pins.most_stale_first(VisitState.RESERVED)
+        batch = self._pins.batch()
         for visit in batch:
             visit.step = version
             self._book.move(visit, VisitState.RESERVED, f"for the step from {version}")
         return batch
 
     def awaited_pins(self) -> list[Visit]:
-        """Leased, pinned visits whose window ends at the current version: the learner does not step past them."""
-        return [
-            visit
-            for visit in self.visits(VisitState.LEASED)
-            if visit.pinned and self._returns.lease_staleness(visit) >= self._config.max_staleness
-        ]
+        """Leased, pinned visits that the learner does not step past."""
+        return self._pins.awaited()
 
     def commit(self, version: Version, visits: tuple[int, ...]) -> int:
         """Marks the batch as trained; returns the number of the commit in the ledger's order. Idempotent by version.
@@ -295,6 +291,3 @@ class Ledger:
 
     def _trained_from(self, version: Version) -> list[int]:
         return [visit.number for visit in self.visits(VisitState.TRAINED) if visit.step == version]
-
-    def _most_stale_first(self, state: VisitState) -> list[Visit]:
-        return sorted(self.visits(state), key=lambda visit: (-self._returns.staleness(visit), visit.number))
