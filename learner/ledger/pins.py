@@ -36,6 +36,8 @@ class Pins:
 
         One whose window ends at the current version always is.
         """
+        if not any(visit.pinned for visit in self._book.visits(VisitState.LEASED)):
+            return []
         left = self._left_behind(self._pinned_first())
         leased = [(visit, slack) for visit, slack in left if visit.state is VisitState.LEASED]
         slack = max(self._crowded(left), default=-1)

@@ -174,7 +174,11 @@ class LedgerService:
                 return wire.Leases(leases=(), waiting_for=self._why_no_lease(request))
             return None
 
-        leases = await self.keeper.held.wait(Topic.LEASES, answer)
+        try:
+            leases = await self.keeper.held.wait(Topic.LEASES, answer)
+        finally:
+            if self._lease_requests.get(request.name) is request:
+                del self._lease_requests[request.name]
         return leases or wire.Leases(leases=(), waiting_for=self._why_no_lease(request))
 
     def _grant(self, request: wire.LeaseRequest) -> tuple[wire.Lease, ...]:

@@ -251,6 +251,7 @@ class Ledger:
         for state in (VisitState.WAITING, VisitState.LEASED, VisitState.SCORED, VisitState.RESERVED):
             for visit in self.visits(state):
                 self._book.move(visit, VisitState.UNUSED, f"{state.value} when the run ended: {self.closing}")
+                visit.step = None
 
     # Transitions
 

@@ -10,8 +10,8 @@ from tests.models import VOCABULARY, write_tiny_model
 
 EOS = 1
 NUM_PROMPTS, NUM_LONG = 100, 10
-STOP_SHARE = 0.5  # of the tokens of a short answer that are its last
 LONG_FACTOR = 50
+SHORT_TOKENS = 2.2  # of a short answer, its end included, in the mean
 _IMPOSSIBLE = -40.0
 
 
@@ -44,7 +44,8 @@ def is_long(prompt_id: str) -> bool:
 def _logits(size: int) -> torch.Tensor:
     """Of the next token, by the last one: from `a` to `c` and `d`, from `b` to `e` and `f`, and there to the end."""
     logits = torch.full((size, size), _IMPOSSIBLE)
-    for first, letters, stop in (("a", "cd", STOP_SHARE), ("b", "ef", STOP_SHARE / LONG_FACTOR)):
+    for first, letters, num_tokens in (("a", "cd", SHORT_TOKENS), ("b", "ef", SHORT_TOKENS * LONG_FACTOR)):
+        stop = 1 / (num_tokens - 1)  # after the first letter
         among = [VOCABULARY.index(letter) for letter in letters]
         logits[VOCABULARY.index(first), among] = 0.0
         for last in among:

@@ -54,6 +54,11 @@ class Simulation:
         self._engine = self.ledger.begin(None)
 
     @property
+    def now(self) -> float:
+        """Seconds since the run began."""
+        return self._now
+
+    @property
     def version(self) -> Version:
         assert self.ledger.track.current is not None
         return self.ledger.track.current

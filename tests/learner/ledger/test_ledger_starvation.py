@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from common.wire import VisitState
-from tests.learner.ledger.fleets import LONG_SHARE, Simulation, Times, simulation_config
+from learner.ledger.state import Ledger
+from tests.learner.ledger.fleets import LONG_SHARE, Simulation, Times, scored_group, simulation_config
 
 STEPS = 200
 FAST = Times(num_slots=24, step_s=1.0, load_s=0.3)
@@ -58,6 +59,37 @@ def test_long_answers_have_their_share_of_what_is_trained_and_no_prompt_waits_wi
             assert simulation.version.number - simulation.handed_out[visit.number] <= bound
     assert simulation.max_attempts <= 2
     assert simulation.ledger.accounts()["quarantined"] == 0
+
+
+def test_two_pinned_visits_that_end_with_one_step_are_awaited_the_step_before() -> None:
+    ledger = Ledger(simulation_config(max_staleness=2, groups_per_step=1), lambda n: (n, ""))
+    current = ledger.begin(None)
+    assert [visit.number for visit in ledger.grant("g", current, 3, 0.0)] == [0, 1, 2]
+
+    def score(number: int) -> list[int]:
+        """The batch that is there once a visit is scored."""
+        (visit,) = (v for v in ledger.visits(VisitState.LEASED) if v.number == number)
+        assert visit.granted is not None
+        assert ledger.store(scored_group(visit.key, (visit.granted,), (1.0, 0.0)), b"").status == "stored"
+        return [v.number for v in ledger.reserve(current, 1)]
+
+    for fast in (0, 3, 4):  # 1 and 2 are slow, and expire when the third step is done
+        assert score(fast) == [fast]
+        ledger.commit(current, (fast,))
+        current = current.next()
+        ledger.grant("g", current, 3, 0.0)
+    assert [visit.number for visit in ledger.visits(VisitState.LEASED) if visit.pinned] == [1, 2]
+    assert score(5) == [5]  # both have this step and two more
+    ledger.commit(current, (5,))
+    current = current.next()
+    ledger.grant("g", current, 3, 0.0)
+    assert score(6) == []  # two steps are left for two
+    assert [visit.number for visit in ledger.awaited_pins()] == [1, 2]
+    assert score(2) == [2]
+    ledger.commit(current, (2,))
+    current = current.next()
+    assert ledger.reserve(current, 1) == []
+    assert score(1) == [1]
 
 
 @pytest.mark.parametrize("max_staleness", [1, 4])

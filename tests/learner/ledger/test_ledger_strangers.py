@@ -1,88 +1,25 @@
 """What comes from peers that do not belong, or no longer do: the real ledger refuses it and serves the others."""
 
 import asyncio
-import json
+import random
+import signal
 import socket
-import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
-import zmq.asyncio
 
 from common import wire
 from common.errors import RefusedError
 from common.limits import max_request_bytes
 from common.rendezvous import Rendezvous, RunKeys
 from common.transport import Client, ledger_client
-from tests.learner.ledger.roles import Fleet, Learner, LedgerProcess, MakeGroup, MakeRun, serving
-
-STATUS = wire.Status()
-
-
-class Attacker:
-    """A DEALER that sends what it likes."""
-
-    def __init__(self, run_dir: Path, keys: RunKeys | None, server: str = "") -> None:
-        self.context = zmq.asyncio.Context()
-        self._socket = self.context.socket(zmq.DEALER)
-        self._socket.linger = 0
-        if keys is not None:
-            self._socket.curve_publickey, self._socket.curve_secretkey = keys.public.encode(), keys.secret.encode()
-            self._socket.curve_serverkey = (server or RunKeys.load(run_dir).public).encode()
-        self._socket.connect(Rendezvous.read(run_dir).address)
-
-    async def send(self, *frames: bytes) -> None:
-        await self._socket.send_multipart(frames)
-
-    async def ask(self, data: bytes) -> wire.Message:
-        await self.send(b"request0", data)
-        while not (answer := (await asyncio.wait_for(self._socket.recv_multipart(), 10))[1]):
-            pass
-        return wire.decode(answer)
-
-    def close(self) -> None:
-        self.context.destroy(linger=0)
-
-
-@asynccontextmanager
-async def undisturbed(client: Client) -> AsyncGenerator[None]:
-    """A healthy peer on the same socket is answered within a second, all the while."""
-
-    async def ask() -> int:
-        for number in range(1_000_000):
-            began = time.monotonic()
-            await client.ask_once(STATUS, wire.StatusReport, silence_s=5)
-            assert time.monotonic() - began < 1
-            if done.is_set():
-                return number
-            await asyncio.sleep(0.01)
-        raise AssertionError
-
-    done = asyncio.Event()
-    asking = asyncio.create_task(ask())
-    await asyncio.sleep(0)
-    yield
-    done.set()
-    assert await asking > 0
-
-
-async def refused(client: Client) -> dict[str, int]:
-    return (await client.ask(STATUS, wire.StatusReport, deadline_s=30)).refused
-
-
-async def wait_for(client: Client, kind: str, count: int) -> None:
-    until = time.monotonic() + 10
-    while (found := (await refused(client))[kind]) < count:
-        assert time.monotonic() < until, f"{found} {kind}, expected {count}"
-        await asyncio.sleep(0.05)
-
-
-def logged(run_dir: Path) -> list[dict[str, str]]:
-    lines = [json.loads(line) for line in (run_dir / "logs" / "ledger.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "refused"]
+from common.versions import Version
+from tests.common.corpus import MANIFEST, MESSAGES
+from tests.common.test_wire_fuzz import cut, flip, insert, replace
+from tests.learner.ledger.roles import Fleet, Learner, LedgerProcess, MakeGroup, MakeRun, command, serving
+from tests.learner.ledger.strangers import STATUS, Attacker, logged, refused, undisturbed, wait_for
 
 
 def test_peers_without_the_runs_key_are_counted_and_logged_once(make_run: MakeRun, tmp_path: Path) -> None:
@@ -273,6 +210,51 @@ def test_a_hello_that_is_sent_again_frees_no_lease(make_run: MakeRun, make_group
                 assert (await client.ask(STATUS, wire.StatusReport, deadline_s=30)).accounts["leased"] == number
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_member_that_has_gone_mad_does_not_bring_the_ledger_down(
+    make_run: MakeRun, make_group: MakeGroup, seed: int
+) -> None:
+    """It may ask everything, and asks it mutated; whatever it does, the sums hold."""
+    run_dir, config = make_run(max_staleness=2)
+    rng, run = random.Random(seed), RunKeys.load(run_dir).public
+    version, name, num = Version(0, 0), "generator-0", config.groups_per_step
+    keys = [wire.LeaseKey(visit, 1) for visit in (-1, 0, 1, 2)]
+    fitting = (
+        wire.Begin(checkpoint=None),
+        wire.LeaseRequest(name=name, version=version, room=2),
+        wire.Beat(role=wire.Role.GENERATOR, name=name, holds=tuple(keys)),
+        wire.Reserve(version=version, num_groups=num),
+        wire.Commit(version=version, visits=(0, 1)),
+        wire.Publish(manifest=msgspec.structs.replace(MANIFEST, version=version)),
+        wire.Evaluate(version=version),
+        wire.Checkpoint(version=version),
+        *(make_group(key, version, (1.0, 0.0)[: 1 if key.is_evaluation else 2]) for key in keys),
+    )
+
+    async def scenario() -> None:
+        async with serving(run_dir) as (process, client):
+            await client.ask(STATUS, wire.StatusReport, deadline_s=30)
+            attacker = Attacker(run_dir, RunKeys.load(run_dir))
+            async with undisturbed(client):
+                for role in (wire.Role.LEARNER, wire.Role.GENERATOR, wire.Role.VERIFIER):
+                    hello = wire.Hello(role=role, name=f"{role}-0", run=run)
+                    assert isinstance(await attacker.ask(wire.encode(hello)), wire.Welcome)
+                for number in range(4000):
+                    message = wire.encode(rng.choice(rng.choice((MESSAGES, fitting))))
+                    data = rng.choice((flip, cut, insert, replace, lambda _, same: same))(rng, message)
+                    await attacker.send(number.to_bytes(8, "big"), data)
+                    if number % 100 == 0:
+                        await asyncio.sleep(0.02)
+            attacker.close()
+            found = await refused(client)
+            assert found["malformed"] > 1000
+            assert found["requests"] > 100
+            assert process.stop(signal.SIGTERM) == 0
+
+    asyncio.run(scenario())
+    assert command(run_dir, "--audit").returncode == 0
 
 
 async def _leases(client: Client, learner: Learner, name: str = "generator-0") -> tuple[wire.Lease, ...]:
