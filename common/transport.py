@@ -22,8 +22,9 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from common import wire
+from common.doorway import Doorway
 from common.errors import DeadlineError, RefusedError, RunDirectoryError, SilenceError, SluiceError, WireError
-from common.log import logger
+from common.refusals import MALFORMED, REFUSED, Refusals
 from common.rendezvous import Rendezvous, RunKeys
 
 KEEPALIVE_S = 2.0
@@ -34,12 +35,12 @@ A = TypeVar("A", bound=wire.Message)
 Handler = Callable[[bytes, wire.Request], Awaitable[wire.Message]]
 
 
-def _secure(socket: zmq.asyncio.Socket, keys: RunKeys | None, *, server: bool) -> None:
+def _secure(socket: zmq.asyncio.Socket, keys: RunKeys | None, *, server: bool, max_bytes: int) -> None:
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = 0
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5 * _HEARTBEAT_MS)
-    socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     if keys is None:
         return
     socket.curve_publickey = keys.public.encode()
@@ -70,11 +71,26 @@ class Service:
 
     Attributes:
         endpoint: Where it listens.
-        num_refused: Requests that were malformed or refused.
+        refusals: What it turned away.
     """
 
-    def __init__(self, handler: Handler, *, keys: RunKeys | None, host: str = "127.0.0.1", port: int = 0) -> None:
-        """`handler` gets the peer's identity and the request; port 0 takes a free one.
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        keys: RunKeys | None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        max_request_bytes: int = wire.MAX_MESSAGE_BYTES,
+    ) -> None:
+        """Listens.
+
+        Args:
+            handler: Gets the peer's identity and the request.
+            keys: Of the run; None is open to all.
+            host: The address to bind.
+            port: 0 takes a free one.
+            max_request_bytes: The connection of a peer that sends a larger one is closed, before it takes memory.
 
         Raises:
             RunDirectoryError: The port is taken.
@@ -85,16 +101,16 @@ class Service:
         self._keys = keys
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.router_handover = True
-        _secure(self._socket, keys, server=True)
+        _secure(self._socket, keys, server=True, max_bytes=max_request_bytes)
+        self.refusals = Refusals()
+        self._doorway = Doorway(self._context, self._socket, self.refusals)
         try:
             self._socket.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise RunDirectoryError(f"found {host}:{port} taken ({error}), expected a free port") from error
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.num_refused = 0
         self._held: dict[tuple[bytes, bytes], asyncio.Task[None]] = {}
-        self._complained: set[bytes] = set()
 
     async def __aenter__(self) -> Self:
         if self._keys is not None:
@@ -112,10 +128,12 @@ class Service:
         """Answers until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_alive())
+            tasks.create_task(self._doorway.watch())
             while True:
                 frames = await self._socket.recv_multipart()
                 if len(frames) != 3 or len(frames[1]) != 8:
-                    self._complain(frames[0], f"found {len(frames)} frames, expected 3")
+                    reason = f"found {len(frames) - 1} frames, expected an id of 8 bytes and a message"
+                    self.refusals.add(MALFORMED, frames[0].hex(), reason)
                     continue
                 peer, request_id, data = frames
                 if (peer, request_id) not in self._held:
@@ -128,15 +146,12 @@ class Service:
             if not isinstance(request, wire.Request):
                 raise WireError(f"found {type(request).__name__}, expected a request")
             answer = await self._handler(peer, request)
-        except WireError as error:
-            self._complain(peer, str(error))
-            answer = wire.Refused(reason=str(error))
         except SluiceError as error:
+            kind = MALFORMED if isinstance(error, WireError) else REFUSED
+            self.refusals.add(kind, peer.hex(), str(error))
             answer = wire.Refused(reason=str(error))
         finally:
             del self._held[peer, request_id]
-        if isinstance(answer, wire.Refused):
-            self.num_refused += 1
         await self._socket.send_multipart([peer, request_id, wire.encode(answer)], copy=False)
 
     async def _keep_alive(self) -> None:
@@ -145,16 +160,12 @@ class Service:
             for peer, request_id in list(self._held):
                 await self._socket.send_multipart([peer, request_id, b""])
 
-    def _complain(self, peer: bytes, reason: str) -> None:
-        if peer not in self._complained:
-            self._complained.add(peer)
-            logger().warning("message_refused", peer=peer.hex(), reason=reason)
-
 
 class Client:
     """A DEALER that asks one service, found anew by `locate` whenever it falls silent.
 
-    Use as an async context manager inside the event loop that will own the socket.
+    To the service it is one peer as long as it lives, over all its connections. Use as an async context manager inside
+    the event loop that will own the socket.
     """
 
     def __init__(self, locate: Callable[[], str], *, keys: RunKeys | None, name: str) -> None:
@@ -165,6 +176,7 @@ class Client:
         self._context = zmq.asyncio.Context()
         self._endpoint = ""
         self._socket: zmq.asyncio.Socket | None = None
+        self._identity = b"p" + os.urandom(15)
         self._ids = itertools.count(int.from_bytes(os.urandom(6), "big"))
         self._answers: dict[bytes, asyncio.Queue[bytes]] = {}
         self._reader: asyncio.Task[None] | None = None
@@ -240,7 +252,8 @@ class Client:
 
     def _connect(self, endpoint: str) -> None:
         self._socket = self._context.socket(zmq.DEALER)
-        _secure(self._socket, self._keys, server=False)
+        self._socket.routing_id = self._identity
+        _secure(self._socket, self._keys, server=False, max_bytes=wire.MAX_MESSAGE_BYTES)
         self._socket.connect(endpoint)
         self._endpoint = endpoint
         self._reader = asyncio.create_task(self._read(self._socket))

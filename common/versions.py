@@ -1,10 +1,13 @@
 """Policy versions and the staleness between them."""
 
 import re
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
+
+from msgspec import Meta
 
 from common.errors import WireError
 
+_Number = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]  # int32 on the wire
 _TEXT = re.compile(r"(\d{1,9})\.(\d{1,9})")
 
 
@@ -16,8 +19,8 @@ class Version(NamedTuple):
         number: Counts published weights, from 0, the starting checkpoint.
     """
 
-    lineage: int
-    number: int
+    lineage: _Number
+    number: _Number
 
     def __str__(self) -> str:
         """The form that the engine carries as its weight version."""

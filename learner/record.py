@@ -162,4 +162,5 @@ def _fleet(status: wire.StatusReport) -> dict[str, float]:
         *(wire.VisitState.WAITING, wire.VisitState.LEASED, wire.VisitState.SCORED),
     )
     filtered = {"filtered_right": status.filtered_right, "filtered_wrong": status.filtered_wrong}
+    row |= {"pin_wait_s": status.pin_wait_s, "refused": sum(status.refused.values())}
     return row | {state.value: status.accounts.get(state, 0) for state in states} | filtered

@@ -6,6 +6,7 @@ from pathlib import Path
 from common import wire
 from common.errors import exit_on_error
 from common.layout import read_resolved
+from common.limits import max_request_bytes
 from common.log import logger
 from common.membership import Activity, Membership
 from common.process import begin_member, log_ready, run_until_stopped
@@ -35,7 +36,7 @@ async def serve(run_dir: Path, name: str, stop: asyncio.Event) -> None:
     sandbox = Sandbox(config.verifier)
     async with ledger_client(run_dir) as ledger, sandbox:
         verifier = VerifierService(name, ledger, tokenizer, sandbox, activity, config)
-        service = Service(verifier.handle, keys=keys, host=config.run.host)
+        service = Service(verifier.handle, keys=keys, host=config.run.host, max_request_bytes=max_request_bytes(config))
         hello = wire.Hello(role=wire.Role.VERIFIER, name=name, run=keys.public, endpoint=service.endpoint)
         membership = Membership(ledger, hello, activity, deadline_s=config.run.stall_timeout_s)
         async with service, asyncio.TaskGroup() as tasks:

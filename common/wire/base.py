@@ -1,9 +1,23 @@
 """What all messages are made of."""
 
 from enum import StrEnum
-from typing import NamedTuple, dataclass_transform
+from typing import Annotated, NamedTuple, dataclass_transform
 
 import msgspec
+from msgspec import Meta
+
+MAX_TEXT = 1 << 20
+
+Natural = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]  # what a float and SQLite hold exactly
+Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+Small = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+VisitNumber = Annotated[int, Meta(ge=-(1 << 53) + 1, le=(1 << 53) - 1)]
+Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]  # no NaN is at least anything
+Duration = Annotated[float, Meta(ge=0, le=1e300)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Name = Annotated[str, Meta(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
+Line = Annotated[str, Meta(max_length=1024, pattern=r"^[^\x00-\x1f\x7f]*\Z")]  # a name, or empty
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
@@ -27,8 +41,8 @@ class LeaseKey(NamedTuple):
     An evaluation visit has a negative number; it is outside the training accounts.
     """
 
-    visit: int
-    attempt: int
+    visit: VisitNumber
+    attempt: Small
 
     @property
     def is_evaluation(self) -> bool:

@@ -1,14 +1,15 @@
 """Messages as bytes: which there are, and how they are read and written."""
 
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import msgspec
 
 from common.errors import WireError
-from common.wire.base import Message
-from common.wire.fleet import Beat, BeatAnswer, Directory, Hello, Status, StatusReport, Watch, Welcome
-from common.wire.groups import Group, ScoredGroup, Verdict
-from common.wire.leases import GiveBack, LeaseRequest, Leases, Room, RoomRequest
+from common.wire.base import Message, Text
+from common.wire.fleet import Beat, BeatAnswer, Directory, Evaluation, Hello, Status, StatusReport, Watch, Welcome
+from common.wire.groups import Completion, Group, ScoredGroup, Verdict
+from common.wire.leases import GiveBack, LeaseRequest, Leases, Prompt, Room, RoomRequest
 from common.wire.training import (
     Batch,
     Begin,
@@ -22,17 +23,19 @@ from common.wire.training import (
     Fetched,
     Finish,
     Finished,
+    Manifest,
     Publish,
     Reserve,
 )
 
 MAX_MESSAGE_BYTES = 1 << 30
+_MAX_REASON = 300
 
 
 class Refused(Message):
     """The request is refused."""
 
-    reason: str
+    reason: Text
 
 
 _FromAnyone: TypeAlias = Hello | Beat | Watch | Status
@@ -55,7 +58,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes | memoryview) -> Request | Answer:
-    """The message in `data`, its completions checked.
+    """The message in `data`, its arrays checked.
 
     Raises:
         WireError: The bytes are no message of this protocol.
@@ -63,9 +66,30 @@ def decode(data: bytes | memoryview) -> Request | Answer:
     try:
         message = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"found {len(data)} bytes that are no message: {error}") from error
-    group = message.group if isinstance(message, ScoredGroup) else message
-    if isinstance(group, Group):
-        for completion in group.completions:
-            completion.check()
+        reason = " ".join(str(error).split())[:_MAX_REASON]  # it may quote what was sent
+        raise WireError(f"found {len(data)} bytes that are no message: {reason}") from error
+    for part in _parts(message):
+        part.check()
     return message
+
+
+def _parts(message: Request | Answer) -> Iterator[Completion | Prompt | Manifest | Evaluation]:
+    """What in a message has to be checked beyond its types."""
+    match message:
+        case Group():
+            yield from message.completions
+        case ScoredGroup():
+            yield from message.group.completions
+        case Fetched() if message.group is not None:
+            yield message.group.prompt
+            yield from message.group.scored.group.completions
+        case Leases():
+            yield from (lease.prompt for lease in message.leases)
+        case Publish():
+            yield message.manifest
+        case Directory() if message.manifest is not None:
+            yield message.manifest
+        case StatusReport():
+            yield from message.evaluations
+        case _:
+            return

@@ -1,40 +1,48 @@
 """Who belongs to the run, what each does, and how the run stands."""
 
-from typing import NamedTuple
+import math
+import time
+from typing import Annotated, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
+from common.errors import WireError
 from common.versions import Version
-from common.wire.base import LeaseKey, Message, Role
+from common.wire.base import Duration, Finite, LeaseKey, Line, Message, Name, Natural, Role, Small, Text
 from common.wire.training import Manifest
 
 PROTOCOL = 3
+
+Revision = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Hello(Message):
     """A process joins `run` (the run's public key). `endpoint` is where it listens, for a verifier; else empty.
 
-    A process that says hello under a name that is taken has replaced the one before, whose leases are free again.
+    A process that says hello under a name that is taken has replaced the one before, whose leases are free again; one
+    that started before the holder of the name, in seconds since the epoch, has not.
     """
 
     role: Role
-    name: str
-    run: str
-    protocol: int = PROTOCOL
-    endpoint: str = ""
+    name: Name
+    run: Name
+    protocol: Small = PROTOCOL
+    endpoint: Line = ""
+    started_at: Duration = msgspec.field(default_factory=time.time)
 
 
 class Welcome(Message):
     """The ledger knows the process from now on."""
 
-    incarnation: int
+    incarnation: Natural
 
 
 class Span(NamedTuple):
     """An interval of wall-clock time, in seconds since the epoch."""
 
-    start: float
-    end: float
+    start: Finite
+    end: Finite
 
 
 class Stats(Message):
@@ -50,9 +58,9 @@ class Stats(Message):
 
     interval: Span
     busy: tuple[Span, ...] = ()
-    num_tokens: int = 0
-    num_items: int = 0
-    gauges: dict[str, float] = msgspec.field(default_factory=dict)
+    num_tokens: Natural = 0
+    num_items: Natural = 0
+    gauges: dict[Name, Finite] = msgspec.field(default_factory=dict)
 
 
 class Beat(Message):
@@ -67,7 +75,7 @@ class Beat(Message):
     """
 
     role: Role
-    name: str
+    name: Name
     holds: tuple[LeaseKey, ...] = ()
     finished: tuple[LeaseKey, ...] = ()
     stats: Stats | None = None
@@ -84,13 +92,13 @@ class BeatAnswer(Message):
 
     cancelled: tuple[LeaseKey, ...]
     known: bool
-    next_s: float = 1.0
+    next_s: Duration = 1.0
 
 
 class Watch(Message):
     """Asks for the directory as soon as its revision is not `revision`."""
 
-    revision: int
+    revision: Revision
 
 
 class Directory(Message):
@@ -103,16 +111,16 @@ class Directory(Message):
         closing: Whether the run ends: no new leases.
     """
 
-    revision: int
+    revision: Revision
     manifest: Manifest | None
-    verifiers: tuple[str, ...]
+    verifiers: tuple[Name, ...]
     closing: bool
 
 
 class Status(Message):
     """Asks how the run stands; `num_evaluations` are known already."""
 
-    num_evaluations: int = 0
+    num_evaluations: Natural = 0
 
 
 class Evaluation(Message):
@@ -121,8 +129,8 @@ class Evaluation(Message):
     Attributes:
         version: That it was asked for.
         source: Name of the held-out set.
-        accuracy: Mean correctness over all samples: avg@k.
-        pass_at_k: Share of prompts with at least one correct sample.
+        accuracy: Mean correctness over all samples: avg@k. NaN where none was graded.
+        pass_at_k: Share of prompts with at least one correct sample. NaN where none was graded.
         num_prompts: In the set.
         num_samples: k.
         num_failed: Samples whose grading failed; in no mean.
@@ -131,14 +139,23 @@ class Evaluation(Message):
     """
 
     version: Version
-    source: str
+    source: Name
     accuracy: float
     pass_at_k: float
-    num_prompts: int
-    num_samples: int
-    num_failed: int
+    num_prompts: Natural
+    num_samples: Natural
+    num_failed: Natural
     oldest: Version
     newest: Version
+
+    def check(self) -> None:
+        """Checks what the types cannot say.
+
+        Raises:
+            WireError: A mean is infinite.
+        """
+        if math.isinf(self.accuracy) or math.isinf(self.pass_at_k):
+            raise WireError(f"found an accuracy of {self.accuracy}, pass@k of {self.pass_at_k}, expected finite ones")
 
 
 class Member(Message):
@@ -156,13 +173,13 @@ class Member(Message):
     """
 
     role: Role
-    name: str
-    seconds: float
-    silent_s: float
-    busy_share: float
-    tokens_per_s: float
-    items_per_s: float
-    gauges: dict[str, float] = msgspec.field(default_factory=dict)
+    name: Name
+    seconds: Finite
+    silent_s: Finite
+    busy_share: Finite
+    tokens_per_s: Finite
+    items_per_s: Finite
+    gauges: dict[Name, Finite] = msgspec.field(default_factory=dict)
 
 
 class StatusReport(Message):
@@ -180,16 +197,20 @@ class StatusReport(Message):
         overlap_share: Of the time since the first step began: a generator's engine was busy while the learner stepped.
         busy_shares: Of the same time, by role: at least one process of the role had work.
         waiting_for: What the run waits for, in words; empty where it does not.
+        pin_wait_s: How long the newest batch was late for pinned visits alone.
+        refused: What the ledger turned away since it started, by kind (common/refusals.py).
     """
 
     version: Version | None
     members: tuple[Member, ...]
-    accounts: dict[str, int]
-    epoch: float
-    epochs: dict[str, float]
-    filtered_right: int
-    filtered_wrong: int
+    accounts: dict[Name, Natural]
+    epoch: Duration
+    epochs: dict[Name, Duration]
+    filtered_right: Natural
+    filtered_wrong: Natural
     evaluations: tuple[Evaluation, ...]
-    overlap_share: float
-    busy_shares: dict[str, float]
-    waiting_for: str
+    overlap_share: Finite
+    busy_shares: dict[Name, Finite]
+    waiting_for: Text
+    pin_wait_s: Duration
+    refused: dict[Name, Natural]

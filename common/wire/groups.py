@@ -1,14 +1,14 @@
 """Completions, their grades, and the groups that carry both."""
 
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from common.errors import WireError
 from common.versions import Version
 from common.wire.arrays import floats, int_bytes, ints
-from common.wire.base import LeaseKey, Message
+from common.wire.base import Duration, Finite, LeaseKey, Message, Name, Natural, Text
 
 
 class FinishReason(StrEnum):
@@ -58,7 +58,7 @@ class Completion(Message):
     logprobs: bytes
     versions: bytes
     finish_reason: FinishReason
-    seed: int
+    seed: Natural
     routed_experts: bytes = b""
 
     @property
@@ -103,9 +103,9 @@ class Grade(Message):
     """
 
     outcome: Outcome
-    correct: float
-    reward: float
-    extracted: str = ""
+    correct: Finite
+    reward: Finite
+    extracted: Text = ""
 
 
 class Group(Message):
@@ -122,12 +122,12 @@ class Group(Message):
     """
 
     key: LeaseKey
-    generator: str
-    prompt_id: str
-    answer: str
-    reward: str
+    generator: Name
+    prompt_id: Name
+    answer: Text
+    reward: Name
     completions: tuple[Completion, ...]
-    seconds: float
+    seconds: Duration
 
 
 class ScoredGroup(Message):
@@ -135,14 +135,14 @@ class ScoredGroup(Message):
 
     group: Group
     grades: tuple[Grade, ...]
-    verifier: str
+    verifier: Name
 
 
 class Verdict(Message):
     """What the ledger made of a scored group. Each of the three ends the generator's keeping of it."""
 
-    status: str  # "stored", "duplicate" or "refused"
-    reason: str = ""
+    status: Literal["stored", "duplicate", "refused"]
+    reason: Text = ""
 
 
 def spans(data: bytes) -> list[VersionSpan]:

@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+from common.errors import WireError
 from common.versions import Version
-from common.wire.base import LeaseKey, Message
+from common.wire.arrays import ints
+from common.wire.base import Count, Duration, LeaseKey, Message, Name, Natural, Share, Small, Text
 
 
 class Prompt(Message):
@@ -17,30 +19,39 @@ class Prompt(Message):
         reward: Name of the reward that grades it.
     """
 
-    id: str
-    source: str
+    id: Name
+    source: Name
     token_ids: bytes
-    answer: str
-    reward: str
+    answer: Text
+    reward: Name
+
+    def check(self) -> None:
+        """Checks what the types cannot say.
+
+        Raises:
+            WireError: There is no token, or one is negative.
+        """
+        if not self.token_ids or len(self.token_ids) % 4 or (ints(self.token_ids) < 0).any():
+            raise WireError(f"found a prompt of {len(self.token_ids)} bytes, expected int32 token ids of at least 0")
 
 
 class Sampling(Message):
     """How an engine samples. `top_k` = 0 considers all tokens; `temperature` = 0 is greedy."""
 
-    temperature: float
-    top_p: float
-    top_k: int
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    temperature: Duration
+    top_p: Share
+    top_k: Small
+    max_tokens: Count
+    stop: tuple[Text, ...] = ()
+    stop_token_ids: tuple[Small, ...] = ()
 
 
 class LeaseRequest(Message):
     """A generator has room for up to `room` more groups; its engine holds `version`."""
 
-    name: str
+    name: Name
     version: Version
-    room: int
+    room: Small
 
 
 class Lease(Message):
@@ -60,11 +71,11 @@ class Lease(Message):
 
     key: LeaseKey
     prompt: Prompt
-    num_completions: int
+    num_completions: Count
     sampling: Sampling
-    seed: int
-    deadline_s: float
-    min_completions: int
+    seed: Natural
+    deadline_s: Duration
+    min_completions: Count
     pinned_version: Version | None = None
     routed_experts: bool = False
 
@@ -73,14 +84,14 @@ class Leases(Message):
     """Granted leases, oldest visit first; empty where the request timed out, with what the ledger waits for."""
 
     leases: tuple[Lease, ...]
-    waiting_for: str = ""
+    waiting_for: Text = ""
 
 
 class Returned(NamedTuple):
     """A lease that a generator gives back, and why."""
 
     key: LeaseKey
-    reason: str
+    reason: Text
 
 
 class GiveBack(Message):
@@ -90,7 +101,7 @@ class GiveBack(Message):
     about to end, and gets no lease any more.
     """
 
-    name: str
+    name: Name
     leases: tuple[Returned, ...]
     leaves: bool = False
 
@@ -98,10 +109,10 @@ class GiveBack(Message):
 class RoomRequest(Message):
     """A generator has `num_groups` to hand over."""
 
-    num_groups: int
+    num_groups: Small
 
 
 class Room(Message):
     """The verifier has room for `num_groups` from this peer, for a while."""
 
-    num_groups: int
+    num_groups: Small

@@ -2,8 +2,12 @@
 
 from enum import StrEnum
 
+import numpy as np
+
+from common.errors import WireError
 from common.versions import Version
-from common.wire.base import Message
+from common.wire.arrays import floats, ints
+from common.wire.base import Message, Name, Natural, Small, Text
 from common.wire.groups import ScoredGroup
 from common.wire.leases import Prompt
 
@@ -29,8 +33,8 @@ class Begin(Message):
     """
 
     checkpoint: Version | None
-    sequence: int = 0
-    num_visits: int = 0
+    sequence: Natural = 0
+    num_visits: Natural = 0
 
 
 class Begun(Message):
@@ -44,7 +48,7 @@ class Reserve(Message):
     """The learner at `version` wants `num_groups` for its next step."""
 
     version: Version
-    num_groups: int
+    num_groups: Small
 
 
 class TrainingGroup(Message):
@@ -58,15 +62,15 @@ class Batch(Message):
     """The visits of a step, most stale first; empty where the request timed out, with what the ledger waits for."""
 
     version: Version
-    visits: tuple[int, ...]
-    waiting_for: str = ""
+    visits: tuple[Natural, ...]
+    waiting_for: Text = ""
 
 
 class Fetch(Message):
     """Asks for one group of the batch of the step from `version`."""
 
     version: Version
-    visit: int
+    visit: Natural
 
 
 class Fetched(Message):
@@ -79,7 +83,7 @@ class Commit(Message):
     """The step from `version` is done: these visits are trained. Idempotent by version."""
 
     version: Version
-    visits: tuple[int, ...]
+    visits: tuple[Natural, ...]
 
 
 class Committed(Message):
@@ -90,8 +94,8 @@ class Committed(Message):
         num_visits: Visits handed out by then: the position in the data.
     """
 
-    sequence: int
-    num_visits: int
+    sequence: Natural
+    num_visits: Natural
 
 
 class Manifest(Message):
@@ -106,10 +110,22 @@ class Manifest(Message):
     """
 
     version: Version
-    path: str
-    size_bytes: int
+    path: Name
+    size_bytes: Natural
     probe_token_ids: bytes
     probe_logprobs: bytes
+
+    def check(self) -> None:
+        """Checks what the types cannot say.
+
+        Raises:
+            WireError: The arrays do not fit together, a token is negative, or a logprob is no finite number.
+        """
+        sizes = len(self.probe_token_ids), len(self.probe_logprobs)
+        if sizes[0] % 4 or sizes[1] != max(0, sizes[0] - 4):
+            raise WireError(f"found probes of {sizes[0]} and {sizes[1]} bytes, expected a logprob for all but one")
+        if (ints(self.probe_token_ids) < 0).any() or not np.isfinite(floats(self.probe_logprobs)).all():
+            raise WireError("found a negative probe token or a logprob that is not finite, expected none")
 
 
 class Publish(Message):
@@ -133,15 +149,15 @@ class Evaluate(Message):
 class Finish(Message):
     """The learner is done: no new training leases, what is not trained is unused, and what is evaluated last counts."""
 
-    reason: str
+    reason: Text
 
 
 class Finished(Message):
     """Whether all evaluations are in, and the accounts: how many visits are in each state."""
 
     done: bool
-    accounts: dict[str, int]
-    waiting_for: str = ""
+    accounts: dict[Name, Natural]
+    waiting_for: Text = ""
 
 
 class Done(Message):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.errors import RunDirectoryError, exit_on_error
 from common.layout import read_resolved
+from common.limits import max_request_bytes
 from common.log import logger, start_logging
 from common.process import die_with_parent, log_ready, run_until_stopped
 from common.rendezvous import Rendezvous, RunKeys
@@ -46,9 +47,18 @@ async def serve(run_dir: Path, stop: asyncio.Event) -> None:
         RunDirectoryError: The port is taken, the file is of another run, or cannot be written any more.
     """
     config, keys, store = read_resolved(run_dir), RunKeys.load(run_dir), Store(run_dir)
+    store.check_whole()
     incarnation = store.identify(keys.public)
-    ledger = LedgerService(store, config, run=keys.public, incarnation=incarnation)
-    service = Service(ledger.handle, keys=keys, host=config.run.host, port=config.run.ledger_port)
+    ledger = LedgerService(
+        store, config, run=keys.public, incarnation=incarnation, refused=lambda: service.refusals.counts
+    )
+    service = Service(
+        ledger.handle,
+        keys=keys,
+        host=config.run.host,
+        port=config.run.ledger_port,
+        max_request_bytes=max_request_bytes(config),
+    )
     async with service, asyncio.TaskGroup() as tasks:
         keeper = ledger.keeper
         parts = (service.serve(), keeper.keep_time(), keeper.keep_log_short(), ledger.leases.work())

@@ -33,6 +33,7 @@ def audit(run_dir: Path) -> Audit:
     """
     config, store = read_resolved(run_dir), Store(run_dir, read_only=True)
     try:
+        store.check_whole()
         num_cut = store.num_cut_payloads()
         store.begin_reading()
         counts = dict(store.rows("SELECT state, COUNT(*) FROM visits GROUP BY state"))

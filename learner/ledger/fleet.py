@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from common import wire
+from common.errors import RefusedError
 
 RATE_WINDOW_S = 60.0
 MIN_PACE_S = 1.0
@@ -31,6 +32,8 @@ class Process:
         endpoint: Where it listens; empty for all but verifiers.
         joined_at: Wall-clock seconds since the epoch.
         heard_at: When it last said anything.
+        peer: Who speaks under the name; empty where it was read from the file and has not been heard since.
+        started_at: When the process itself began.
         rates: Of the last minute, oldest first.
         gauges: The newest.
     """
@@ -40,6 +43,8 @@ class Process:
     endpoint: str
     joined_at: float
     heard_at: float
+    peer: bytes = b""
+    started_at: float = 0.0
     rates: deque[_Rates] = field(default_factory=deque)
     gauges: dict[str, float] = field(default_factory=dict)
 
@@ -86,15 +91,49 @@ class Fleet:
         """Whether the process is known."""
         return name in self._processes
 
-    def join(self, hello: wire.Hello, now: float) -> None:
+    def knows(self, hello: wire.Hello, peer: bytes) -> bool:
+        """Whether a hello was heard before.
+
+        Raises:
+            RefusedError: It is of an older process than the one that has the name.
+        """
+        process = self._processes.get(hello.name)
+        if process is None:
+            return False
+        if hello.started_at < process.started_at:
+            raise RefusedError(f"found a hello of an older {hello.name}, expected the one that joined in its place")
+        return (process.peer, process.started_at) == (peer, hello.started_at)
+
+    def join(self, hello: wire.Hello, now: float, peer: bytes = b"") -> None:
         """A process is alive from now on, in place of an older one of its name."""
         self._processes[hello.name] = Process(
-            role=hello.role, name=hello.name, endpoint=hello.endpoint, joined_at=now, heard_at=now
+            role=hello.role,
+            name=hello.name,
+            endpoint=hello.endpoint,
+            joined_at=now,
+            heard_at=now,
+            peer=peer,
+            started_at=hello.started_at,
         )
 
     def leave(self, name: str) -> bool:
         """Forgets a process that is about to end; returns whether it was known."""
         return self._processes.pop(name, None) is not None
+
+    def admit(self, name: str, role: wire.Role, peer: bytes) -> None:
+        """Lets a peer speak under a name, which from then on is its own; a name that is not known is anyone's.
+
+        Raises:
+            RefusedError: The name is of another role, or of another process that joined in its place.
+        """
+        process = self._processes.get(name)
+        if process is None:
+            return
+        if process.role is not role:
+            raise RefusedError(f"found {name} as {role}, expected {process.role}: that is how it joined")
+        process.peer = process.peer or peer
+        if process.peer != peer:
+            raise RefusedError(f"found {name} of another process, expected the one that joined last")
 
     def beat(self, beat: wire.Beat, now: float) -> bool:
         """Takes a sign of life; False where the process has to say hello first."""

@@ -137,11 +137,27 @@ def _load(
                 reward=file.config.reward or row.reward,
             )
             rejected = _rejection(len(token_ids), f"{file.path}:{row.number}", data)
-            values = (index, row.number, wire.encode(prompt), rejected, hashlib.sha256(prompt.token_ids).digest())
+            values = (
+                index,
+                row.number,
+                _encoded(prompt, f"{file.path}:{row.number}"),
+                rejected,
+                hashlib.sha256(prompt.token_ids).digest(),
+            )
             sql.execute("INSERT INTO prompts (file, row, data, rejected, hash) VALUES (?,?,?,?,?)", values)
             num_prompts += 1
     values = (index, file.split, file.source, str(file.path), digest, file.config.weight, num_prompts)
     sql.execute("INSERT INTO files VALUES (?,?,?,?,?,?,?)", values)
+
+
+def _encoded(prompt: wire.Prompt, where: str) -> bytes:
+    """The prompt as it will travel."""
+    data = wire.encode(prompt)
+    try:
+        msgspec.msgpack.decode(data, type=wire.Prompt)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{where}: found a prompt whose name or answer no message can carry: {error}") from error
+    return data
 
 
 def _token_ids(rows: list[Row], file: _File, model: ModelDirectory, data: DataConfig) -> Iterator[list[int]]:

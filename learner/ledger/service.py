@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from common import wire
 from common.config import Config
@@ -14,9 +15,12 @@ from learner.ledger.held import Topic
 from learner.ledger.judgement import ALL_RIGHT, ALL_WRONG
 from learner.ledger.keeper import Keeper
 from learner.ledger.lease_queue import LeaseQueue
+from learner.ledger.peers import Peers
 from learner.ledger.served import stored_group
 from learner.ledger.store import Store
-from learner.ledger.waits import batch_waits_for, evaluation_waits_for, run_waits_for
+from learner.ledger.waits import PinWait, batch_waits_for, evaluation_waits_for, run_waits_for
+
+Handler: TypeAlias = Callable[[Any], Awaitable[wire.Message]]
 
 
 class LedgerService:
@@ -27,7 +31,15 @@ class LedgerService:
         leases: Requests for leases.
     """
 
-    def __init__(self, store: Store, config: Config, *, run: str, incarnation: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        config: Config,
+        *,
+        run: str,
+        incarnation: int,
+        refused: Callable[[], dict[str, int]],
+    ) -> None:
         """State as it was stored.
 
         Args:
@@ -35,12 +47,13 @@ class LedgerService:
             config: Of the run.
             run: The run's public key.
             incarnation: How often the ledger has started.
+            refused: What was turned away so far, by kind.
         """
         self.keeper = Keeper(store, config, incarnation=incarnation)
         self.leases = LeaseQueue(self.keeper)
-        self._run, self._incarnation = run, incarnation
-        self._handlers: dict[type, Callable[[Any], Awaitable[wire.Message]]] = {
-            wire.Hello: self._hello,
+        self._run, self._incarnation, self._refused = run, incarnation, refused
+        self._peers, self._pin_wait = Peers(self.keeper.fleet, store), PinWait(config)
+        self._handlers: dict[type, Handler] = {
             wire.Beat: self._beat,
             wire.Watch: self._watch,
             wire.LeaseRequest: self._lease,
@@ -61,31 +74,38 @@ class LedgerService:
         """The answer to a request.
 
         Raises:
-            RefusedError: It is no request to a ledger, or the state does not allow it.
+            RefusedError: It is no request to a ledger, the peer may not ask it, or the state does not allow it.
         """
-        handler = self._handlers.get(type(request))
+        handler = self._handler(peer, request)
         if handler is None:
             raise RefusedError(f"found {type(request).__name__} from {peer.hex()}, expected a request to a ledger")
         if not self.keeper.failed.done():
             try:
+                self._peers.admit(peer, request)
                 return await handler(request)
             except RunDirectoryError as error:
                 self.keeper.fail(error)
         return await asyncio.Future()  # the process ends; whoever starts in its place answers
 
+    def _handler(self, peer: bytes, request: wire.Request) -> Handler | None:
+        return partial(self._hello, peer) if isinstance(request, wire.Hello) else self._handlers.get(type(request))
+
     # Everyone
 
-    async def _hello(self, hello: wire.Hello) -> wire.Welcome:
+    async def _hello(self, peer: bytes, hello: wire.Hello) -> wire.Welcome:
         if hello.run != self._run or hello.protocol != wire.PROTOCOL:
             raise RefusedError(
                 f"found {hello.name} of run {hello.run[:8]}, protocol {hello.protocol}, "
                 f"expected run {self._run[:8]}, protocol {wire.PROTOCOL}"
             )
+        if self.keeper.fleet.knows(hello, peer):
+            return wire.Welcome(incarnation=self._incarnation)
         self.leases.leave(hello.name)
         with self.keeper.stored():
             num_freed = self.keeper.ledger.free(hello.name) + self.keeper.evaluations.free(hello.name)
-            self.keeper.fleet.join(hello, time.time())
+            self.keeper.fleet.join(hello, time.time(), peer)
             self.keeper.store.save_member(hello.name, hello.role.value, hello.endpoint)
+            self._peers.joined(peer, hello)
         logger().info("member_joined", member=hello.name, freed=num_freed)
         self.keeper.held.wake(Topic.LEASES)
         if hello.role is Role.VERIFIER:
@@ -140,6 +160,8 @@ class LedgerService:
             waiting_for=run_waits_for(
                 self.keeper.config, self.keeper.ledger, self.keeper.evaluations, self.keeper.fleet, self.keeper.manifest
             ),
+            pin_wait_s=self._pin_wait.seconds,
+            refused=self._refused(),
         )
 
     # Generators and verifiers
@@ -193,7 +215,9 @@ class LedgerService:
 
     def _batch(self, reserve: wire.Reserve) -> tuple[int, ...]:
         with self.keeper.stored():
-            return tuple(visit.number for visit in self.keeper.ledger.reserve(reserve.version, reserve.num_groups))
+            visits = self.keeper.ledger.reserve(reserve.version, reserve.num_groups)
+        self._pin_wait.look(self.keeper.ledger, reserve.version if visits else None, time.time())
+        return tuple(visit.number for visit in visits)
 
     async def _fetch(self, fetch: wire.Fetch) -> wire.Message:
         visit = self.keeper.ledger.reserved(fetch.version, fetch.visit)

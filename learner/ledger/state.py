@@ -17,7 +17,7 @@ from common.config import Config
 from common.errors import RefusedError
 from common.versions import Version
 from common.wire import VisitState
-from learner.ledger.batches import first_to_train, most_stale_first
+from learner.ledger.batches import Batches
 from learner.ledger.book import Book
 from learner.ledger.judgement import (
     MIN_GRADED,
@@ -66,6 +66,7 @@ class Ledger:
         self._book = Book(head.num_visits, live, ended)
         self.track, self.closing = Track(head), head.closing
         self._returns = Returns(config, self._book, self.track)
+        self._batches = Batches(config, self._book, self._returns)
         self._stored_head = head
 
     def accounts(self) -> dict[str, int]:
@@ -209,14 +210,12 @@ class Ledger:
         if num_groups != self._config.groups_per_step:
             raise RefusedError(f"found {num_groups} groups, expected groups_per_step = {self._config.groups_per_step}")
         if self._book.count(VisitState.RESERVED):
-            return most_stale_first(self.visits(VisitState.RESERVED), self._returns.staleness)
-        if self._book.count(VisitState.SCORED) < num_groups or self.awaited_pins():
-            return []
-        batch = first_to_train(self.visits(VisitState.SCORED), self._returns.staleness)[:num_groups]
+            return self._batches.in_order(self.visits(VisitState.RESERVED))
+        batch = self._batches.next()
         for visit in batch:
             visit.step = version
             self._book.move(visit, VisitState.RESERVED, f"for the step from {version}")
-        return most_stale_first(batch, self._returns.staleness)
+        return batch
 
     def reserved(self, version: Version, number: int) -> Visit | None:
         """A visit of the batch of the step from `version`; None where it is in none.
@@ -234,12 +233,8 @@ class Ledger:
         self._returns.give_back(visit, reason)
 
     def awaited_pins(self) -> list[Visit]:
-        """Leased, pinned visits whose window ends at the current version: the learner does not step past them."""
-        return [
-            visit
-            for visit in self.visits(VisitState.LEASED)
-            if visit.pinned and self._returns.lease_staleness(visit) >= self._config.max_staleness
-        ]
+        """Leased, pinned visits that the learner does not step past."""
+        return self._batches.awaited()
 
     def commit(self, version: Version, visits: tuple[int, ...]) -> int:
         """Marks the batch as trained; returns the number of the commit in the ledger's order. Idempotent by version.
@@ -279,6 +274,7 @@ class Ledger:
         for state in (VisitState.WAITING, VisitState.LEASED, VisitState.SCORED, VisitState.RESERVED):
             for visit in self.visits(state):
                 self._book.move(visit, VisitState.UNUSED, f"{state.value} when the run ended: {self.closing}")
+                visit.step = None
 
     # Transitions
 

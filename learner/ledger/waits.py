@@ -1,10 +1,34 @@
 """What a run waits for, in words that change as long as it gets on: who waits for too long for the same may give up."""
 
 from common.config import Config
+from common.versions import Version
 from common.wire import Manifest, Role, VisitState
 from learner.ledger.evaluations import Evaluations
 from learner.ledger.fleet import Fleet
 from learner.ledger.state import Ledger
+
+
+class PinWait:
+    """How long batches are late for pinned visits alone.
+
+    Attributes:
+        seconds: Of the newest whole batch.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._num_groups = config.groups_per_step
+        self._version: Version | None = None
+        self._since: float | None = None
+        self.seconds = 0.0
+
+    def look(self, ledger: Ledger, version: Version | None, now: float) -> None:
+        """The learner has asked for its batch; `version` is that of the step where it got it."""
+        if version is None:
+            if self._since is None and ledger.accounts()[VisitState.SCORED] >= self._num_groups:
+                self._since = now
+        elif version != self._version:
+            self.seconds = 0.0 if self._since is None else now - self._since
+            self._version, self._since = version, None
 
 
 def run_waits_for(

@@ -100,7 +100,7 @@ def test_a_refusal_and_an_unexpected_answer_are_errors(tmp_path: Path) -> None:
             async with Client(lambda: service.endpoint, keys=None, name="ledger") as client:
                 with pytest.raises(RefusedError, match="the ledger refused Status: found nothing, expected more"):
                     await client.ask(STATUS, wire.Done, deadline_s=5)
-            assert service.num_refused == 1
+            assert service.refusals.counts["requests"] == 1
             serving.cancel()
 
     asyncio.run(main())
@@ -119,7 +119,7 @@ def test_garbage_from_the_network_is_refused_and_the_service_lives(tmp_path: Pat
             assert all(isinstance(refusal, wire.Refused) for refusal in refusals)
             async with Client(lambda: service.endpoint, keys=None, name="service") as client:
                 assert await client.ask(STATUS, wire.Done, deadline_s=5) == wire.Done()
-            assert service.num_refused == 2
+            assert service.refusals.counts == {"connections": 0, "malformed": 4, "requests": 0}
             context.destroy(linger=0)
             serving.cancel()
 

@@ -25,7 +25,7 @@ STEP_KEYS = set(
     effective_sample_share entropy logprob_difference_mean logprob_difference_p99 skipped_updates
     nonfinite_updates
     learner_tokens_per_s generator_tokens_per_s verifier_completions_per_s learner_idle generator_idle
-    verifier_idle ledger_idle overlap_share filtered quarantined waiting leased scored epoch epochs
+    verifier_idle ledger_idle overlap_share filtered quarantined waiting leased scored epoch epochs pin_wait_s refused
     """.split()  # noqa: SIM905
 )
 

@@ -41,6 +41,11 @@ class LedgerProcess:
         self._run_dir = run_dir
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "learner.ledger", str(self._run_dir)],
@@ -119,7 +124,13 @@ class Learner:
         self.trained: list[int] = []
         self.version, self.sequence = Version(0, 0), 0
 
+    async def hello(self) -> None:
+        assert self._client._keys is not None
+        hello = wire.Hello(role=wire.Role.LEARNER, name="learner-0", run=self._client._keys.public)
+        await self._client.ask(hello, wire.Welcome, deadline_s=30)
+
     async def begin(self, checkpoint: Version | None = None) -> None:
+        await self.hello()
         request = wire.Begin(checkpoint=checkpoint, sequence=self.sequence if checkpoint else 0)
         begun = await self._client.ask(request, wire.Begun, deadline_s=30)
         self.version = begun.version

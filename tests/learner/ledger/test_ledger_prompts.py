@@ -227,3 +227,14 @@ def test_neither_the_ledger_nor_its_preparation_loads_torch() -> None:
     heavy = "{'torch', 'transformers', 'sglang', 'megatron'}"
     code = f"import sys, learner.ledger.__main__, learner.ledger.prompts; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_a_name_or_an_answer_that_no_message_can_carry_is_one_line(
+    tmp_path: Path, model_dir: Path, write_rows: WriteRows
+) -> None:
+    path = write_rows("a.jsonl", [{"prompt": "1+1=", "answer": 2}, {"prompt": "2+2=", "answer": "4" * (1 << 21)}])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: found a prompt whose name or answer no message can carry"):
+        run_prepare(tmp_path, model_dir, train=str(path))
+    short = write_rows("b.jsonl", [{"prompt": "1+1=", "answer": 2}])
+    with pytest.raises(DataError, match=r"b\.jsonl:1: found a prompt whose name or answer no message can carry"):
+        run_prepare(tmp_path, model_dir, train=(DataFile(path=str(short), name="a\nb"),))

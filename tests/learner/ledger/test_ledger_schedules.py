@@ -17,7 +17,6 @@ from common.sections import LeaseConfig
 from common.versions import Version
 from common.wire import LeaseKey, VisitState
 from learner.ledger.evaluations import EvaluationChanges
-from learner.ledger.state import Ledger
 from learner.ledger.store import Store
 from tests.learner.ledger.rules import scored_group
 
@@ -257,30 +256,3 @@ TestSchedules.settings = settings(
     deadline=None,
     suppress_health_check=(HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large),
 )
-
-
-def test_every_prompt_is_trained_in_the_end_by_a_fleet_that_dies_now_and_then() -> None:
-    """Simulated time: one prompt in five answers so slowly that it expires; by pinning it is trained all the same."""
-    config = Config(
-        group_size=2, groups_per_step=2, updates_per_step=1, max_staleness=1, loss=LossConfig(filter_uniform=False)
-    )
-    ledger = Ledger(config, lambda n: (n, ""))
-    ledger.begin(None)
-    slow: list[tuple[float, wire.ScoredGroup]] = []
-    trained: list[int] = []
-    for tick in range(2000):
-        assert ledger.track.current is not None
-        for visit in ledger.grant("g", ledger.track.current, 2, float(tick)):
-            seconds = 40 if visit.number % 5 == 0 else 1
-            slow.append((tick + seconds, scored_group(visit.key, (ledger.track.current,), (1.0, 0.0))))
-        ledger.beat("g", tuple(group.group.key for _, group in slow), float(tick))
-        for due, group in list(slow):
-            if due <= tick:
-                ledger.store(group, b"")
-                slow.remove((due, group))
-        if batch := ledger.reserve(ledger.track.current, 2):
-            trained += [visit.number for visit in batch]
-            ledger.commit(ledger.track.current, tuple(visit.number for visit in batch))
-    shares = sum(number % 5 == 0 for number in trained) / len(trained)
-    assert len(trained) > 100
-    assert shares == pytest.approx(0.2, abs=0.05)

@@ -261,6 +261,15 @@ def test_at_the_end_everything_that_is_not_trained_is_unused(make_group: MakeGro
         ledger.reserve(V[1], 2)
 
 
+def test_a_batch_that_is_under_way_when_the_run_ends_is_of_no_step(make_group: MakeGroup) -> None:
+    ledger = make_ledger()
+    for visit in grant(ledger, 2):
+        ledger.store(make_group(visit.key, V[0]), b"")
+    batch = ledger.reserve(V[0], 2)
+    ledger.finish("because")
+    assert [(visit.state, visit.step) for visit in batch] == [(wire.VisitState.UNUSED, None)] * 2
+
+
 def test_routes_that_nobody_asked_for_are_refused(make_group: MakeGroup) -> None:
     ledger = make_ledger()
     (visit,) = grant(ledger)
