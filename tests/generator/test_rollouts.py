@@ -12,6 +12,7 @@ import pytest
 from common import wire
 from common.sections import EvaluationConfig, GeneratorConfig, LeaseConfig, SamplingConfig
 from common.versions import Version
+from generator.engine import Engine
 from learner.ledger.audit import audit
 from learner.ledger.leases import lease_seed
 from tests.generator.bigrams import END, SHORT, write_bigram_model
@@ -22,7 +23,7 @@ from tests.learner.ledger.roles import Fleet
 
 LATE = LeaseConfig(completion_timeout_s=1.5, max_attempts=2)
 ANSWERS = SamplingConfig(max_tokens=1000)
-LONGER = SamplingConfig(max_tokens=3000)
+LONGER = SamplingConfig(max_tokens=4000)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,18 @@ async def until(holds: Callable[[], bool | Awaitable[bool]], what: str) -> None:
     raise AssertionError(f"waited 20 s for {what}")
 
 
+async def most_tokens_until_idle(engine: Engine) -> int:
+    """How many tokens the KV cache had at most until its requests ended: what is not stopped has all in the end."""
+    seen = [engine.load_now()]
+
+    def is_idle() -> bool:
+        seen.append(engine.load_now())
+        return seen[-1].num_running == 0
+
+    await until(is_idle, "the engine to be idle")
+    return max(load.num_cached_tokens for load in seen)
+
+
 def test_a_lease_that_falls_behind_stops_using_the_engine(bigrams: RunningEngine, tmp_path: Path) -> None:
     """By the scheduler's own count of requests and of tokens in the KV cache. Another generator does the steps."""
     engine, run_dir, prompts = bigrams.engine, tmp_path / "run", ["b", *["a"] * 9]
@@ -65,7 +78,7 @@ def test_a_lease_that_falls_behind_stops_using_the_engine(bigrams: RunningEngine
                 await until(lambda: engine.load_now().num_cached_tokens > seen[-1].num_cached_tokens, "more tokens")
                 seen.append(engine.load_now())
                 await at.learner.commit(await at.learner.reserve())
-            await until(lambda: engine.load_now().num_running == 0, "the engine to be idle")
+            assert await most_tokens_until_idle(engine) < LONGER.max_tokens  # of two: stopped before half of their end
             assert at.rollouts.holds() == ()
 
     bigrams.run(scenario())
@@ -157,7 +170,7 @@ def test_a_generator_that_stops_leaves_its_leases_to_others_at_once(bigrams: Run
             report = await at.status()
             assert (report.accounts["waiting"], report.accounts["leased"]) == (2, 0)
             assert report.members == ()
-            await until(lambda: bigrams.engine.load_now().num_running == 0, "the engine to be idle")
+            assert await most_tokens_until_idle(bigrams.engine) < 8 * LONGER.max_tokens / 4  # of eight
 
     bigrams.run(scenario())
 
