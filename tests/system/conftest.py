@@ -117,10 +117,6 @@ class Run:
         self.launcher.wait(10)
         return now
 
-    def is_alive(self, module: str) -> bool:
-        """Whether a process of a role has come as far as to be itself."""
-        return any(CHILD not in process.cmdline() for process in self.processes("-m", module))
-
     def _of_role(self, module: str, *words: str) -> list[psutil.Process]:
         found = [p for p in self.processes("-m", module, *words) if CHILD not in p.cmdline()]
         assert found, f"no process of {module} is alive"

@@ -1,13 +1,14 @@
 """The table of docs/reliability.md, from what the tests of faults saw."""
 
+import time
 from pathlib import Path
 
 from tests.system.accounts import Cost
 
 BEGIN, END = "<!-- table: make reliability -->", "<!-- end of the table -->"
 _HEAD = (
-    "| fault | what is promised | lost | doubled | seconds to recover | test |",
-    "|---|---|---|---|---|---|",
+    "| fault | what is promised | lost | doubled | seconds to recover | test | seen on |",
+    "|---|---|---|---|---|---|---|",
 )
 
 
@@ -20,7 +21,7 @@ class Table:
     def add(self, fault: str, promise: str, seen: Cost, test: str) -> None:
         """Takes down what was seen of a fault."""
         recovery = "" if seen.recovery_s is None else f"{seen.recovery_s:.1f}"
-        cells = (fault, promise, str(seen.num_lost), str(seen.num_doubled), recovery, test)
+        cells = (fault, promise, str(seen.num_lost), str(seen.num_doubled), recovery, test, time.strftime("%Y-%m-%d"))
         self._rows[fault] = f"| {' | '.join(cells)} |"
 
     def write(self, page: Path) -> None:
