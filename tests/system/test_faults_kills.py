@@ -55,7 +55,7 @@ def test_a_learner_that_is_killed_trains_the_very_groups_again_and_knows_their_p
     assert branch.number >= 6
     undone = [visit for step, found in before.items() if step.number >= branch.number for visit in found]
     assert undone
-    run.wait_until(lambda: {v.number for v in undone} <= _trained_in(run, lineage=1), "what was undone to be trained")
+    run.wait_until(lambda: _were_served(run, undone), "what was undone to be trained")
     run.finish()
     _assert_trained_again(run, undone)
     _assert_staleness_is_the_length_of_the_path(run, branch)
@@ -88,20 +88,31 @@ def test_a_launcher_that_is_killed_leaves_no_process_and_its_command_goes_on(
     )
 
 
-def _trained_in(run: Run, lineage: int) -> set[int]:
-    steps = trained(run.directory).items()
-    return {visit.number for step, found in steps if step.lineage == lineage for visit in found}
+def _lineage(visit: Visit) -> int:
+    """Of the step that trained it."""
+    assert visit.step is not None
+    return visit.step.lineage
+
+
+def _were_served(run: Run, undone: list[Visit]) -> bool:
+    """Whether each is trained in the new lineage, or expired there: its path has become too long."""
+    now = {visit.number: visit for visit in visits(run.directory)}
+    return all(
+        now[v.number].pinned or (now[v.number].state is VisitState.TRAINED and _lineage(now[v.number]) == 1)
+        for v in undone
+    )
 
 
 def _assert_trained_again(run: Run, undone: list[Visit]) -> None:
     """In the new lineage, each once, and the groups that were sampled before: there is no other attempt."""
     after = {visit.number: visit for visit in visits(run.directory)}
-    for visit in undone:
+    served = [visit for visit in undone if not after[visit.number].pinned]
+    assert len(served) > len(undone) / 2
+    for visit in served:
         now = after[visit.number]
         assert (now.attempt, now.versions, now.granted_at) == (visit.attempt, visit.versions, visit.granted_at)
         assert now.state is VisitState.TRAINED, now
-        assert now.step is not None
-        assert now.step.lineage == 1
+        assert _lineage(now) == 1
 
 
 def _assert_staleness_is_the_length_of_the_path(run: Run, branch: Version) -> None:
