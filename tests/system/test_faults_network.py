@@ -80,7 +80,7 @@ def test_a_generator_behind_a_network_that_is_cut_and_mended_joins_again(
         _ip("-n", here, "link", "set", "cable", "down")
         cut_at = time.time()
         run.wait_until(lambda: run.was_lost("generator-1"), "the ledger to give up generator-1")
-        assert not _leases(run, "generator-1")
+        run.wait_until(lambda: not _leases(run, "generator-1"), "its leases to end")
         run.wait_for_steps(3)
         _ip("-n", here, "link", "set", "cable", "up")
         mended_at = time.time()

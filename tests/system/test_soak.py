@@ -39,7 +39,7 @@ def test_ten_minutes_of_random_faults_lose_nothing(
     trained = run.summary()["groups"]["trained"]
     counts = ", ".join(f"{fault} {num}" for fault, num in sorted(faults.items()))
     figures = f"{counts}; {run.summary()['steps']} steps, {trained} groups trained"
-    report(f"ten minutes of faults, one every 5 to 20 s: {figures}", "all of the above at once", seen)
+    report("ten minutes of faults, one every 5 to 20 s", f"all of the above at once: {figures}", seen)
 
 
 def _torment(run: Run) -> Counter[str]:
