@@ -5,7 +5,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup run test test-full bench check format clean
+.PHONY: setup run test test-full bench reliability check format clean
 
 setup: .venv/ready
 
@@ -30,6 +30,10 @@ test-full: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench --all --write docs/benchmarks.md
+
+ONLY ?= not full
+reliability: setup
+	$(BIN)/python -m pytest tests/system -k "faults or soak" -m "$(ONLY)" --reliability docs/reliability.md
 
 check: setup
 	$(BIN)/ruff check .

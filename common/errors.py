@@ -19,7 +19,7 @@ A process that ends with 2, 3 or 4 is not restarted. Each message is one line: w
 
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class SluiceError(Exception):
@@ -88,5 +88,6 @@ def exit_on_error() -> Generator[None]:
     try:
         yield
     except SluiceError as error:
-        print(f"sluice: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        with suppress(OSError):  # where the disk is full, the exit code has to say it alone
+            print(f"sluice: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)

@@ -1,8 +1,9 @@
 """Files that are whole or absent."""
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from common.errors import RunDirectoryError
 
@@ -40,13 +41,62 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def append_lines(path: Path) -> TextIO:
-    """The file, to append whole lines to; an unfinished last one, which a killed process left, is cut off."""
-    if path.exists():
-        with path.open("rb+") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-    return path.open("a", buffering=1)
+class Lines:
+    """A file of whole lines that one process appends to; an unfinished last one, which a kill left, is cut off first.
+
+    What `write` was given is the kernel's when it returns. A write that fails leaves nothing of its line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file, or makes it and its directory.
+
+        Raises:
+            RunDirectoryError: It cannot be written.
+        """
+        self._path = path
+        with one_line(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                with path.open("rb+") as file:
+                    content = file.read()
+                    file.truncate(content.rfind(b"\n") + 1)
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, text: str) -> None:
+        """Appends the text, all of it or nothing.
+
+        Raises:
+            RunDirectoryError: The disk is full.
+        """
+        rest = text.encode()
+        with one_line(self._path):
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(size)
+                raise
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+@contextmanager
+def one_line(path: Path) -> Generator[None]:
+    """What the system says in the block, as an error that names the path.
+
+    Raises:
+        RunDirectoryError: It cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def read_private(path: Path) -> bytes:

@@ -3,11 +3,11 @@
 import logging
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import structlog
 
-from common.files import append_lines
+from common.files import Lines
 
 LEARNER = "learner-0"  # the first rank's name
 KERNELS = "kernels"  # its event that tells people what the model is made of
@@ -27,8 +27,7 @@ def start_logging(role: str, run_dir: Path | None, *, name: str = "", terminal: 
     stream: TextIO = sys.stderr
     if run_dir is not None and not terminal:
         path = run_dir / "logs" / f"{name or role}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = append_lines(path)
+        stream = cast(TextIO, Lines(path))  # structlog writes and flushes, no more
     renderer = structlog.dev.ConsoleRenderer(colors=False) if terminal else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[

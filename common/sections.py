@@ -32,7 +32,8 @@ class RunConfig(Section):
         resume: With `auto` a run that is in the directory goes on, with other keys where they may change (see below).
         stall_timeout_s: How long the run may stand still before it stops with a non-zero exit code.
         stop_timeout_s: How long each role may take to stop before it is killed.
-        max_restarts: How often one process may be restarted before the run stops.
+        max_restarts: How often one process may be restarted before the run stops; one that lived for ten minutes is
+            counted anew.
         host: The address that sockets bind; loopback for one machine.
         ledger_port: The ledger's port; 0 takes a free one.
     """

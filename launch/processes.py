@@ -7,14 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import SluiceError
+from common.errors import RunDirectoryError, SluiceError
+from common.files import one_line
 from common.log import logger
 from launch.output import last_words
 from launch.plan import FREE_PORT, REPOSITORY, STOP_ORDER, ProcessPlan
+from launch.run_directory import check_space
 
 FINAL_EXIT_CODES = (2, 3, 4)
 _LONGEST_BACK_OFF_S = 30.0
@@ -49,8 +52,9 @@ class Ended(NamedTuple):
 class Supervisor:
     """The processes of a run, watched from start to end.
 
-    Each is restarted with a growing pause, unless its exit code says that it would fail again. The run is over when the
-    learner ends by itself. What this does not do: it does not look inside; a process that hangs is the ledger's matter.
+    Each is restarted with a growing pause, unless its exit code says that it would fail again. One that lived for ten
+    minutes begins anew: with the first pause, and with all its restarts. The run is over when the learner ends by
+    itself. What this does not do: it does not look inside; a process that hangs is the ledger's matter.
     """
 
     def __init__(
@@ -61,13 +65,16 @@ class Supervisor:
         max_restarts: int,
         stop_timeout_s: float,
         back_off_s: float = 1.0,
+        lived_well_s: float = 600.0,
         notice: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`notice` gets a line for people at each restart and kill; `back_off_s` is the first pause, then doubled."""
+        self._run_dir = run_dir
         self._children = [_Child(plan, run_dir) for plan in plans]
         self._max_restarts = max_restarts
         self._stop_timeout_s = stop_timeout_s
         self._back_off_s = back_off_s
+        self._lived_well_s = lived_well_s
         self._notice = notice
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -101,26 +108,40 @@ class Supervisor:
         """Runs one process until the learner's own end.
 
         Raises:
-            ProcessError: Its exit code is final, or it may not be restarted any more.
+            ProcessError: Its exit code is final, it may not be restarted any more, or the disk is full.
         """
-        for restart in range(self._max_restarts + 1):
-            if not child.wanted:
-                return
+        num_restarts = 0
+        while child.wanted:
+            began = time.monotonic()
             ended = await child.live()
             if not child.wanted or (child.plan.role == "learner" and ended.code == 0):
                 return
-            if ended.code in FINAL_EXIT_CODES:
-                raise ProcessError(f"{child.plan.name}: {ended.line or ended}", ended.code)
-            if restart < self._max_restarts:
-                pause_s = min(_LONGEST_BACK_OFF_S, self._back_off_s * 2**restart)
-                count = f"{restart + 1} of {self._max_restarts}"
-                self._notice(f"{child.plan.name} ended with {ended}; restart {count} in {pause_s:g} s")
-                await asyncio.sleep(pause_s)
-            else:
+            self._check_end(child, ended)
+            if time.monotonic() - began >= self._lived_well_s:
+                num_restarts = 0
+            if num_restarts == self._max_restarts:
                 raise ProcessError(
                     f"{child.plan.name}: found {ended}, expected no more than run.max_restarts = "
                     f"{self._max_restarts} restarts"
                 )
+            pause_s = min(_LONGEST_BACK_OFF_S, self._back_off_s * 2**num_restarts)
+            num_restarts += 1
+            count = f"{num_restarts} of {self._max_restarts}"
+            self._notice(f"{child.plan.name} ended with {ended}; restart {count} in {pause_s:g} s")
+            await asyncio.sleep(pause_s)
+
+    def _check_end(self, child: "_Child", ended: Ended) -> None:
+        """Checks that a process that ended may be started again.
+
+        Raises:
+            ProcessError: Its exit code is final, or the disk is full: what it said of that may have found no room.
+        """
+        try:
+            check_space(self._run_dir)
+        except RunDirectoryError as error:
+            raise ProcessError(f"{error} ({child.plan.name} ended with {ended})", error.exit_code) from error
+        if ended.code in FINAL_EXIT_CODES:
+            raise ProcessError(f"{child.plan.name}: {ended.line or ended}", ended.code)
 
     async def _stop(self) -> None:
         """Learner, generators, verifiers, ledger: each may finish what it owes to the next."""
@@ -163,8 +184,10 @@ class _Child:
 
     async def _live(self) -> Ended:
         command = child_command(tuple(word.replace(FREE_PORT, str(free_port())) for word in self.plan.command))
-        self._output.parent.mkdir(parents=True, exist_ok=True)
-        with self._output.open("ab") as output:
+        with one_line(self._output):
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            output = self._output.open("ab")
+        with output:
             offset = output.seek(0, os.SEEK_END)
             self._process = await asyncio.create_subprocess_exec(
                 *command,
@@ -187,10 +210,12 @@ class _Child:
         return ended
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to what `launch/child.py` runs; SIGHUP kills it with its descendants."""
+        """Sends a signal to what `launch/child.py` runs; SIGHUP kills it with its descendants, stopped ones too."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
+                if number is signal.SIGHUP:
+                    self._process.send_signal(signal.SIGCONT)  # a stopped process hears nothing until it goes on
 
     async def ended_within(self, timeout_s: float) -> bool:
         """Waits for its end."""

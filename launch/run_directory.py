@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Self, TextIO
@@ -12,6 +13,7 @@ from common.errors import RunDirectoryError
 from launch.plan import REPOSITORY
 
 LOCK = "launcher.lock"
+_SPARE_BYTES = 64 << 10
 
 
 class RunDirectory:
@@ -112,6 +114,19 @@ def check_free(path: Path) -> None:
         with (path / LOCK).open("r") as lock:
             if not try_lock(lock):
                 raise _in_use(path)
+
+
+def check_space(path: Path) -> None:
+    """Checks that the directory of a run takes a little more: a process that finds it full may not be able to say so.
+
+    Raises:
+        RunDirectoryError: It does not.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(_SPARE_BYTES))
+    except OSError as error:
+        raise RunDirectoryError(f"run.dir: {path}: cannot be written: {error.strerror}") from error
 
 
 def try_lock(file: TextIO) -> bool:

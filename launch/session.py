@@ -3,12 +3,14 @@
 import asyncio
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
 from common.config import Config
+from common.errors import RunDirectoryError, SluiceError
 from common.layout import write_resolved
 from common.log import logger, start_logging
 from common.rendezvous import RENDEZVOUS, RunKeys
@@ -52,12 +54,27 @@ def run(config: Config) -> int:
     weights = _prepare(config, directory, display)
     try:
         plans = plan_processes(config, directory.path)
-        return asyncio.run(supervise(plans, config, directory.path, display))
+        code = asyncio.run(supervise(plans, config, directory.path, display))
+    except SluiceError:
+        with suppress(RunDirectoryError):  # what ended the run is what people have to hear of
+            _report(directory, display)
+        raise
+    else:
+        _report(directory, display)
+        return code
     finally:
         weights.remove()
-        if text := write_report(directory.path):
-            display.notice(text)
         directory.release()
+
+
+def _report(directory: RunDirectory, display: Display) -> None:
+    """Tells how the run went.
+
+    Raises:
+        RunDirectoryError: The disk is full.
+    """
+    if text := write_report(directory.path):
+        display.notice(text)
 
 
 def _prepare(config: Config, directory: RunDirectory, display: Display) -> PublishedWeights:

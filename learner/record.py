@@ -11,7 +11,7 @@ import numpy as np
 
 from common import wire
 from common.config import Config
-from common.files import append_lines
+from common.files import Lines
 from common.metrics import MetricsWriter, read_metrics
 from common.tokenizer import load_tokenizer
 from common.versions import Version
@@ -69,7 +69,7 @@ class Recorder:
         self._config = config
         self.num_evaluations = sum(row["kind"] == "evaluation" for row, _ in read_metrics(run_dir))
         self._metrics = MetricsWriter(run_dir)
-        self._samples = append_lines(run_dir / SAMPLES)
+        self._samples = Lines(run_dir / SAMPLES)
         self._tokenizer = load_tokenizer(Path(config.model) / "tokenizer.json")
 
     def step(

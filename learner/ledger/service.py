@@ -188,8 +188,8 @@ class LedgerService:
                 verdict = self.keeper.evaluations.store(scored, len(self.keeper.ledger.track.lineages.branches))
             else:
                 verdict = self.keeper.ledger.store(scored, wire.encode(scored))
-        if verdict.status == "refused":
-            logger().warning("group_refused", visit=scored.group.key.visit, reason=verdict.reason)
+        if verdict.status != "stored":
+            logger().warning(f"group_{verdict.status}", visit=scored.group.key.visit, reason=verdict.reason)
         return verdict
 
     # The learner

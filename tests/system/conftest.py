@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,39 @@ import psutil
 import pytest
 
 from common.layout import read_resolved
-from common.metrics import read_metrics
+from common.metrics import read_metrics, read_rows
+from tests.system.accounts import Cost, assert_curve_is_unbroken, cost, recovery_s
+from tests.system.reliability import Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+CHILD = str(REPOSITORY / "launch" / "child.py")
 STATES = {"waiting", "leased", "scored", "reserved", "trained", "filtered", "rejected", "quarantined", "unused"}
 
 
 class Run:
     """A run of `launch/cluster.py`, under way or ended."""
 
-    def __init__(self, directory: Path, layout: str, overrides: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        layout: str,
+        overrides: tuple[str, ...],
+        output: Path,
+        *,
+        prefix: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """`prefix` is a command that runs another, such as `ip netns exec NAME`."""
         self.directory = directory
-        self._output = directory.with_suffix(".out").open("w+")
-        command = [sys.executable, "launch/cluster.py", "--layout", layout, f"run.dir={directory}", *overrides]
+        self._output = output.open("w+")
+        command = [*prefix, sys.executable, "launch/cluster.py", "--layout", layout, f"run.dir={directory}", *overrides]
         self.launcher = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=REPOSITORY,
+            env=os.environ | (environment or {}),
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def wait(self, timeout_s: float = 400) -> int:
@@ -62,19 +81,83 @@ class Run:
                 found.append(process)
         return found
 
-    def kill(self, module: str) -> None:
-        """SIGKILL to the processes of a role, as the kernel's memory killer would."""
-        victims = [p for p in self.processes("-m", module) if "launch.child" not in p.cmdline()]
-        assert victims, f"no process of {module} is alive"
-        for process in victims:
-            process.send_signal(signal.SIGKILL)
+    def events(self, process: str, event: str) -> list[dict[str, Any]]:
+        """The events of one name in the log of a process."""
+        path = self.directory / "logs" / f"{process}.jsonl"
+        return [entry for entry, _ in read_rows(path) if entry["event"] == event]
+
+    def was_lost(self, member: str) -> bool:
+        """Whether the ledger has given up a process that fell silent."""
+        return any(event["member"] == member for event in self.events("ledger", "member_lost"))
+
+    def num_joins(self, member: str) -> int:
+        """How often a process has said hello."""
+        return sum(event["member"] == member for event in self.events("ledger", "member_joined"))
+
+    def kill(self, module: str, *words: str) -> float:
+        """SIGKILL to the processes of a role, as the kernel's memory killer would; returns when."""
+        return self._signal(self._of_role(module, *words), signal.SIGKILL)
+
+    def stop(self, module: str, *words: str) -> float:
+        """SIGSTOP to the processes of a role and to all that they started, as in a debugger; returns when."""
+        return self._signal(self._with_children(module, *words), signal.SIGSTOP)
+
+    def stop_workers(self, module: str, *words: str) -> float:
+        """SIGSTOP to what the processes of a role started, and not to themselves; returns when."""
+        return self._signal(self._children(module, *words), signal.SIGSTOP)
+
+    def go_on(self, module: str, *words: str) -> float:
+        """SIGCONT to those; returns when."""
+        return self._signal(self._with_children(module, *words), signal.SIGCONT)
+
+    def kill_launcher(self) -> float:
+        """SIGKILL to the launcher alone; returns when."""
+        now = time.time()
+        self.launcher.kill()
+        self.launcher.wait(10)
+        return now
+
+    def _of_role(self, module: str, *words: str) -> list[psutil.Process]:
+        found = [p for p in self.processes("-m", module, *words) if CHILD not in p.cmdline()]
+        assert found, f"no process of {module} is alive"
+        return found
+
+    def _children(self, module: str, *words: str) -> list[psutil.Process]:
+        return [child for parent in self._of_role(module, *words) for child in parent.children(recursive=True)]
+
+    def _with_children(self, module: str, *words: str) -> list[psutil.Process]:
+        return [*self._of_role(module, *words), *self._children(module, *words)]
+
+    def _signal(self, processes: list[psutil.Process], number: signal.Signals) -> float:
+        now = time.time()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        return now
 
     def wait_for_step(self, step: int, timeout_s: float = 240, *, lineage: int = 0) -> None:
         """Waits until a step is done, in a lineage or a later one."""
+
+        def is_done() -> bool:
+            return any(row["step"] >= step and row["lineage"] >= lineage for row in self.rows("step"))
+
+        self.wait_until(is_done, f"step {step} of lineage {lineage}", timeout_s)
+
+    def wait_for_recovery(self, fault_at: float) -> None:
+        """Waits until a step has trained a group leased after a fault, and for three more."""
+        self.wait_until(lambda: recovery_s(self.directory, fault_at) is not None, "a group leased after the fault")
+        self.wait_for_steps(3)
+
+    def wait_for_steps(self, num_steps: int) -> None:
+        """Waits until so many more steps are done."""
+        self.wait_for_step(num_steps + self.rows("step")[-1]["step"])
+
+    def wait_until(self, holds: Callable[[], object], what: str, timeout_s: float = 240) -> None:
+        """Waits for something to come about while the run goes on."""
         until = time.monotonic() + timeout_s
-        while not any(row["step"] >= step and row["lineage"] >= lineage for row in self.rows("step")):
-            assert self.launcher.poll() is None, self.output()[-3000:]
-            assert time.monotonic() < until, f"no step {step} after {timeout_s} s: {self.output()[-3000:]}"
+        while not holds():
+            assert self.launcher.poll() is None, f"waited for {what}: {self.output()[-3000:]}"
+            assert time.monotonic() < until, f"waited {timeout_s} s for {what}: {self.output()[-3000:]}"
             time.sleep(0.1)
 
     def audit(self) -> subprocess.CompletedProcess[str]:
@@ -99,6 +182,17 @@ class Run:
         assert summary["staleness_max"] <= config.max_staleness
         self.assert_nothing_is_left()
 
+    def assert_survived(self, fault_at: float | None) -> Cost:
+        """The run went on to its end after a fault: sound, its curve unbroken and no lower; returns what it cost."""
+        self.assert_sound()
+        assert_curve_is_unbroken(self.directory)
+        return cost(self.directory, fault_at)
+
+    def finish(self) -> None:
+        """Ctrl-C: the run has shown what it was started for."""
+        os.killpg(self.launcher.pid, signal.SIGINT)
+        assert self.wait(90) == 130, self.output()[-3000:]
+
     def assert_nothing_is_left(self, patience_s: float = 10) -> None:
         """No process of the run lives, and its published weights are gone."""
         until = time.monotonic() + patience_s
@@ -117,13 +211,35 @@ class Run:
         self._output.close()
 
 
+@pytest.fixture(scope="session")
+def table(request: pytest.FixtureRequest) -> Iterator[Table]:
+    """The rows of docs/reliability.md, written to the page of `--reliability` when all tests have run."""
+    table = Table()
+    yield table
+    if page := request.config.getoption("--reliability"):
+        table.write(page)
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest, table: Table) -> Callable[[str, str, Cost], None]:
+    """Checks that a fault cost no group, and takes down the fault, what is promised, and what was seen."""
+
+    def take_down(fault: str, promise: str, seen: Cost) -> None:
+        assert seen.num_lost == 0
+        assert seen.num_doubled == 0
+        table.add(fault, promise, seen, f"`{request.path.name}`: {request.node.name.removeprefix('test_')}")
+
+    return take_down
+
+
 @pytest.fixture
 def start_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts runs, and ends what is left of them."""
     runs: list[Run] = []
 
-    def start(*overrides: str, name: str = "run", layout: str = "local") -> Run:
-        runs.append(Run(tmp_path / name, layout, overrides))
+    def start(*overrides: str, name: str = "run", layout: str = "local", **options: Any) -> Run:
+        output = tmp_path / f"{name.replace('/', '-')}-{len(runs)}.out"
+        runs.append(Run(tmp_path / name, layout, overrides, output, **options))
         return runs[-1]
 
     yield start

@@ -5,7 +5,6 @@ import itertools
 import random
 from typing import NamedTuple
 
-from common import wire
 from common.config import Config
 from common.learning import LossConfig
 from common.sections import LeaseConfig
@@ -13,6 +12,7 @@ from common.versions import Version
 from common.wire import LeaseKey, VisitState
 from learner.ledger.order import DataOrder, PromptRange
 from learner.ledger.state import Ledger
+from tests.learner.ledger.rules import scored_group
 
 NUM_PROMPTS = 50
 LONG_SHARE = 0.1
@@ -121,25 +121,3 @@ def simulation_config(max_staleness: int, groups_per_step: int) -> Config:
 
 def is_long(prompt: int) -> bool:
     return prompt < NUM_PROMPTS * LONG_SHARE
-
-
-def scored_group(key: LeaseKey, versions: tuple[Version, ...], correct: tuple[float | None, ...]) -> wire.ScoredGroup:
-    """A group whose completions have one token of each version."""
-    spans = [wire.VersionSpan(i + 1, version) for i, version in enumerate(versions)]
-    completion = wire.Completion(
-        token_ids=wire.int_bytes([1] * len(versions)),
-        logprobs=wire.float_bytes([-0.5] * len(versions)),
-        versions=wire.span_bytes(spans),
-        finish_reason=wire.FinishReason.STOP,
-        seed=0,
-    )
-    group = wire.Group(
-        key=key, generator="g", prompt_id="p", answer="1", reward="exact", completions=(completion,) * 2, seconds=1.0
-    )
-    grades = tuple(
-        wire.Grade(outcome=wire.Outcome.ERROR, correct=0.0, reward=0.0)
-        if value is None
-        else wire.Grade(outcome=wire.Outcome.WRONG, correct=value, reward=value)
-        for value in correct
-    )
-    return wire.ScoredGroup(group=group, grades=grades, verifier="v")

@@ -150,7 +150,7 @@ from common import wire
 from common.layout import read_resolved
 from common.versions import Version
 from learner.ledger.store import Store
-from tests.learner.ledger.test_ledger_schedules import scored_group
+from tests.learner.ledger.rules import scored_group
 
 run_dir = Path(sys.argv[1])
 config, store = read_resolved(run_dir), Store(run_dir)

@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from common.wire import VisitState
 from learner.ledger.state import Ledger
-from tests.learner.ledger.fleets import LONG_SHARE, Simulation, Times, scored_group, simulation_config
+from tests.learner.ledger.fleets import LONG_SHARE, Simulation, Times, simulation_config
+from tests.learner.ledger.rules import scored_group
 
 STEPS = 200
 FAST = Times(num_slots=24, step_s=1.0, load_s=0.3)

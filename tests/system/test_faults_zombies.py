@@ -1,0 +1,80 @@
+"""Processes that stand still for longer than their leases, and come back."""
+
+import time
+from collections.abc import Callable
+
+from tests.system.accounts import Cost, visits
+from tests.system.conftest import Run
+
+TIMEOUT_S = 4
+PILE_UP_S = 2.0
+SHORT = (
+    "steps=1000",
+    "groups_per_step=8",
+    "learner.checkpoint_every=100",
+    "evaluation.every=100",
+    f"lease.heartbeat_timeout_s={TIMEOUT_S}",
+    "verifier.deadline_s=60",
+)
+
+
+def test_a_generator_that_stood_still_comes_back_and_its_late_groups_are_refused(
+    start_run: Callable[..., Run], report: Callable[[str, str, Cost], None]
+) -> None:
+    run = start_run(*SHORT, "generator.count=2")
+    run.wait_until(lambda: run.num_joins("generator-0") and run.num_joins("generator-1"), "two generators")
+    run.wait_for_step(2)
+    run.stop_workers("verifier")  # groups pile up there
+    time.sleep(PILE_UP_S)
+    stopped_at = run.stop("generator", "generator-0")
+    leased = {v.number: v.attempt for v in visits(run.directory) if v.holder == "generator-0"}
+    assert leased
+    run.wait_until(lambda: run.was_lost("generator-0"), "the ledger to give up generator-0")
+    run.wait_until(lambda: _were_granted_anew(run, leased), "its visits to be leased to the other")
+    run.go_on("verifier")
+    run.wait_until(lambda: leased.keys() & _visits(run, "ledger", "group_refused"), "its late groups to be refused")
+    run.go_on("generator", "generator-0")
+    run.wait_until(lambda: run.num_joins("generator-0") == 2, "generator-0 to join again")
+    run.wait_for_steps(4)
+    run.finish()
+    assert "restart" not in run.output()
+    report(
+        "a generator stands still (SIGSTOP) for longer than its leases, then goes on",
+        "its leases go to another, its late groups are not taken, it joins again",
+        run.assert_survived(stopped_at),
+    )
+
+
+def test_a_verifier_that_stood_still_comes_back_and_no_group_is_stored_twice(
+    start_run: Callable[..., Run], report: Callable[[str, str, Cost], None]
+) -> None:
+    run = start_run(*SHORT, "verifier.count=2")
+    run.wait_for_step(2)
+    run.stop_workers("verifier", "verifier-0")  # groups pile up there
+    time.sleep(PILE_UP_S)
+    stopped_at = run.stop("verifier", "verifier-0")
+    run.wait_until(lambda: run.was_lost("verifier-0"), "the ledger to give up verifier-0")
+    run.wait_for_steps(4)
+    run.go_on("verifier", "verifier-0")
+    run.wait_until(lambda: _visits(run, "ledger", "group_duplicate"), "what it grades late not to be taken")
+    run.wait_until(lambda: run.num_joins("verifier-0") == 2, "verifier-0 to join again")
+    run.wait_for_steps(4)
+    run.finish()
+    assert "restart" not in run.output()
+    report(
+        "a verifier stands still (SIGSTOP) for longer than its leases, then goes on",
+        "groups that it holds are sent to another; a second grading of one is a duplicate",
+        run.assert_survived(stopped_at),
+    )
+
+
+def _were_granted_anew(run: Run, leased: dict[int, int]) -> bool:
+    """Whether none of the leases is open, and one of the visits has gone to another attempt."""
+    now = [v for v in visits(run.directory) if v.number in leased]
+    is_open = any(v.holder and v.attempt == leased[v.number] for v in now)
+    return not is_open and any(v.attempt > leased[v.number] for v in now)
+
+
+def _visits(run: Run, process: str, event: str) -> set[int]:
+    """The visits that the events of one name in the log of a process are about."""
+    return {entry["visit"] for entry in run.events(process, event)}
