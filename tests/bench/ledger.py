@@ -6,11 +6,14 @@ other cores with a process that multiplies matrices all the time.
 
 import asyncio
 import contextlib
+import multiprocessing
+import os
 import tempfile
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -22,7 +25,6 @@ from common.transport import Client, ledger_client
 from learner.ledger.store import Store
 from tests.bench.ledger_load import (
     CHECKPOINT_EVERY,
-    VERIFIER,
     Lane,
     LedgerProcess,
     LoadLearner,
@@ -57,7 +59,7 @@ async def _whole_lives() -> list[Figure]:
         async with ledger_client(ledger.run_dir) as client, ledger_client(ledger.run_dir) as learners:
             learner = LoadLearner(ledger.run, learners, LIFE)
             lanes = [Lane(f"generator-{i}", ledger.run, client, LIFE, 1000) for i in range(NUM_LANES)]
-            async with _fleet_of(lanes, learner, client, ledger.run) as tasks:
+            async with _fleet_of(lanes, learner) as tasks:
                 tasks += [asyncio.create_task(lane.work(learner, room=2)) for lane in lanes]
                 for _ in range(3):
                     await learner.step()
@@ -72,24 +74,45 @@ async def _whole_lives() -> list[Figure]:
 
 
 async def _paced() -> list[Figure]:
-    """The wait for a lease while groups come, batches go and steps are committed at a steady pace."""
+    """The wait of a generator for a lease while others' groups come, batches go and steps are committed steadily."""
     with LedgerProcess(LIFE) as ledger:
         async with ledger_client(ledger.run_dir) as client, ledger_client(ledger.run_dir) as learners:
             learner = LoadLearner(ledger.run, learners, LIFE)
-            num_lanes = PACED_GROUPS_PER_S // 2
-            lanes = [Lane(f"generator-{i}", ledger.run, client, LIFE, 1000) for i in range(num_lanes)]
-            async with _fleet_of(lanes, learner, client, ledger.run) as tasks:
+            lanes = [Lane(f"generator-{i}", ledger.run, client, LIFE, 1000) for i in range(PACED_GROUPS_PER_S // 2)]
+            async with _fleet_of(lanes, learner) as tasks:
                 tasks += [asyncio.create_task(lane.work(learner, room=1, sample_s=0.5)) for lane in lanes]
                 tasks.append(asyncio.create_task(_forever(learner)))
-                await asyncio.sleep(PACED_S)
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+                    waits = await asyncio.get_running_loop().run_in_executor(apart, _probe, ledger.run_dir, ledger.run)
             rate = learner.num_trained / PACED_S
-    waits = [seconds for lane in lanes for seconds in lane.lease_s]
-    beats = [seconds for lane in lanes for seconds in lane.beat_s]
     return [
         Figure(f"lease, 99th percentile of {len(waits)}, at {rate:.0f} groups/s", _p99_ms(waits), "ms", "target 10"),
         Figure("lease, median", float(np.median(waits)) * 1e3, "ms"),
-        Figure("beat, 99th percentile", _p99_ms(beats), "ms"),
     ]
+
+
+def _probe(run_dir: Path, run: str) -> list[float]:
+    """Seconds of each lease of one more generator, in a process that is to wait for nothing but the ledger."""
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
+
+    async def probe() -> list[float]:
+        async with ledger_client(run_dir) as client:
+            lane = Lane("probe", run, client, LIFE, 1, "verifier-probe")
+            await lane.join_verifier()
+            await lane.join()
+            working = [asyncio.create_task(part) for part in _parts(lane)]
+            await asyncio.sleep(PACED_S)
+            for task in working:
+                assert not task.done(), str(task)
+                task.cancel()
+            return lane.lease_s
+
+    return asyncio.run(probe())
+
+
+def _parts(lane: Lane) -> tuple[Coroutine[Any, Any, None], ...]:
+    return lane.beat(), lane.beat_verifier(), lane.follow(), lane.work(lane, room=1, sample_s=0.01)
 
 
 async def _fleet() -> list[Figure]:
@@ -98,12 +121,10 @@ async def _fleet() -> list[Figure]:
         ledger = stack.enter_context(LedgerProcess(FLEET))
         clients = [await stack.enter_async_context(ledger_client(ledger.run_dir)) for _ in range(NUM_CONNECTIONS + 1)]
         learner = LoadLearner(ledger.run, clients[-1], FLEET)
-        lanes = [
-            Lane(f"generator-{i}", ledger.run, clients[i % NUM_CONNECTIONS], FLEET, 20) for i in range(NUM_GENERATORS)
-        ]
-        tasks = await stack.enter_async_context(_fleet_of(lanes, learner, clients[0], ledger.run))
+        lanes = [_lane_of_a_fleet(i, ledger.run, clients) for i in range(NUM_GENERATORS)]
+        tasks = await stack.enter_async_context(_fleet_of(lanes, learner))
         for lane in lanes:
-            tasks += [asyncio.create_task(lane.watch()), asyncio.create_task(lane.work(learner, 1, SAMPLE_S))]
+            tasks += [asyncio.create_task(lane.follow()), asyncio.create_task(lane.work(learner, 1, SAMPLE_S))]
             await asyncio.sleep(SAMPLE_S / NUM_GENERATORS)  # else all of them end at the same moment
         tasks.append(asyncio.create_task(_forever(learner)))
         for lane in lanes:
@@ -129,6 +150,11 @@ async def _fleet() -> list[Figure]:
         Figure("of one core", cpu_s / seconds, "busy"),
         Figure("memory of the ledger", memory_bytes / 2**20, "MiB"),
     ]
+
+
+def _lane_of_a_fleet(number: int, run: str, clients: list[Client]) -> Lane:
+    connection = number % NUM_CONNECTIONS
+    return Lane(f"generator-{number}", run, clients[connection], FLEET, 20, f"verifier-{connection}")
 
 
 def _many_groups() -> list[Figure]:
@@ -167,15 +193,14 @@ def _many_groups() -> list[Figure]:
 
 
 @contextlib.asynccontextmanager
-async def _fleet_of(
-    lanes: list[Lane], learner: LoadLearner, client: Client, run: str
-) -> AsyncGenerator[list[asyncio.Task[None]]]:
+async def _fleet_of(lanes: list[Lane], learner: LoadLearner) -> AsyncGenerator[list[asyncio.Task[None]]]:
     """Everyone has joined and beats; what is added to the list ends with the block."""
-    verifier = Lane(VERIFIER, run, client, LIFE, 1)
-    await verifier.join(wire.Role.VERIFIER)
     await learner.begin()
-    tasks = [asyncio.create_task(verifier.beat(wire.Role.VERIFIER)), asyncio.create_task(learner.beat())]
+    tasks = [asyncio.create_task(learner.beat())]
     try:
+        for lane in {lane.verifier: lane for lane in lanes}.values():
+            await lane.join_verifier()
+            tasks.append(asyncio.create_task(lane.beat_verifier()))
         for lane in lanes:
             await lane.join()
             tasks.append(asyncio.create_task(lane.beat()))

@@ -27,19 +27,24 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT_EVERY = 10
 NUM_PROMPTS = 1000
 WAIT_S = 60.0
-VERIFIER = "verifier-0"
 
 
 class Lane:
-    """One generator, or a part of one: it takes leases and hands in groups of random tokens that are graded at once.
+    """One generator and its verifier: it takes leases and hands in groups of random tokens that are graded at once.
+
+    Lanes of one client share a verifier, whose name is the client's own.
 
     Attributes:
         lease_s: What each lease took that was granted at once, in seconds.
         beat_s: What each beat took.
+        published: The newest version, as far as it has heard.
     """
 
-    def __init__(self, name: str, run: str, client: Client, config: Config, num_tokens: int) -> None:
+    def __init__(
+        self, name: str, run: str, client: Client, config: Config, num_tokens: int, verifier: str = "verifier-0"
+    ) -> None:
         rng = np.random.default_rng(0)
+        self.verifier = verifier
         self._name, self._run, self._client = name, run, client
         self._completions = tuple(
             (
@@ -50,36 +55,47 @@ class Lane:
         )
         self.lease_s: list[float] = []
         self.beat_s: list[float] = []
+        self.published = Version(0, 0)
         self._holds: tuple[wire.LeaseKey, ...] = ()
 
-    async def join(self, role: wire.Role = wire.Role.GENERATOR) -> None:
+    async def join(self) -> None:
         """Says hello."""
-        endpoint = "tcp://127.0.0.1:1" if role is wire.Role.VERIFIER else ""
-        hello = wire.Hello(role=role, name=self._name, run=self._run, endpoint=endpoint)
-        await self._client.ask(hello, wire.Welcome, deadline_s=WAIT_S)
+        await self._join(wire.Role.GENERATOR, self._name, "")
 
-    async def beat(self, role: wire.Role = wire.Role.GENERATOR) -> None:
+    async def join_verifier(self) -> None:
+        """Says hello for the verifier."""
+        await self._join(wire.Role.VERIFIER, self.verifier, "tcp://127.0.0.1:1")
+
+    async def beat(self) -> None:
         """Beats, until cancelled."""
         while True:
             began = time.time()
             stats = wire.Stats(interval=wire.Span(began - 1, began), busy=(wire.Span(began - 1, began),), num_tokens=9)
-            beat = wire.Beat(role=role, name=self._name, holds=self._holds, stats=stats)
+            beat = wire.Beat(role=wire.Role.GENERATOR, name=self._name, holds=self._holds, stats=stats)
             answer = await self._client.ask(beat, wire.BeatAnswer, deadline_s=WAIT_S)
             assert answer.known
             self.beat_s.append(time.time() - began)
             await asyncio.sleep(answer.next_s)
 
-    async def watch(self) -> None:
+    async def beat_verifier(self) -> None:
+        """Beats for the verifier, until cancelled."""
+        while True:
+            beat = wire.Beat(role=wire.Role.VERIFIER, name=self.verifier)
+            await asyncio.sleep((await self._client.ask(beat, wire.BeatAnswer, deadline_s=WAIT_S)).next_s)
+
+    async def follow(self) -> None:
         """Hears of each change of the directory, until cancelled."""
         revision = 0
         while True:
-            request = wire.Watch(revision=revision)
-            revision = (await self._client.ask(request, wire.Directory, deadline_s=WAIT_S)).revision
+            directory = await self._client.ask(wire.Watch(revision=revision), wire.Directory, deadline_s=WAIT_S)
+            revision = directory.revision
+            if directory.manifest is not None:
+                self.published = directory.manifest.version
 
-    async def work(self, learner: "LoadLearner", room: int, sample_s: float = 0.0) -> None:
+    async def work(self, publisher: "Lane | LoadLearner", room: int, sample_s: float = 0.0) -> None:
         """Turns leases into groups, until cancelled; each group takes `sample_s`."""
         while True:
-            version, began = learner.published, time.monotonic()
+            version, began = publisher.published, time.monotonic()
             request = wire.LeaseRequest(name=self._name, version=version, room=room)
             leases = (await self._client.ask(request, wire.Leases, deadline_s=WAIT_S)).leases
             if not leases:
@@ -95,6 +111,10 @@ class Lane:
                 assert verdict.status == "stored", verdict
             self._holds = ()
 
+    async def _join(self, role: wire.Role, name: str, endpoint: str) -> None:
+        hello = wire.Hello(role=role, name=name, run=self._run, endpoint=endpoint)
+        await self._client.ask(hello, wire.Welcome, deadline_s=WAIT_S)
+
     def scored(self, key: wire.LeaseKey, version: Version) -> wire.ScoredGroup:
         """A group of the lease, half of it right."""
         group = wire.Group(
@@ -109,7 +129,7 @@ class Lane:
             seconds=1.0,
         )
         grades = tuple(grade(float(i % 2)) for i in range(len(self._completions)))
-        return wire.ScoredGroup(group=group, grades=grades, verifier=VERIFIER)
+        return wire.ScoredGroup(group=group, grades=grades, verifier=self.verifier)
 
 
 class LoadLearner:
