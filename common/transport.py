@@ -1,8 +1,9 @@
 """Requests and answers over ZeroMQ: a DEALER asks, a ROUTER answers, both under CURVE.
 
-Frames: [request id, message] there, [request id, message] back. An empty message back says "still at it": a service
-sends one every two seconds for each request it holds, so that a slow peer is never mistaken for a dead one, and silence
-always means trouble. Requests may be re-sent with the same meaning: every message that must not be lost is idempotent.
+Frames: [request id, message] there, [request id, message] back. [nothing, request ids] back says "still at it": every
+two seconds a service names to each peer the requests that it holds, so that a slow peer is never mistaken for a dead
+one, and silence always means trouble. Requests may be re-sent with the same meaning: every message that must not be
+lost is idempotent.
 
 What this does not do: it keeps no request across a crash of the client (who asks again), and high-water marks are not
 its flow control (a verifier's room and a ledger's leases are).
@@ -30,6 +31,8 @@ from common.rendezvous import Rendezvous, RunKeys
 KEEPALIVE_S = 2.0
 SILENCE_S = 5.0
 _HEARTBEAT_MS = 2_000
+_ID_BYTES = 8
+_ALIVE = b""
 
 A = TypeVar("A", bound=wire.Message)
 Handler = Callable[[bytes, wire.Request], Awaitable[wire.Message]]
@@ -131,7 +134,7 @@ class Service:
             tasks.create_task(self._doorway.watch())
             while True:
                 frames = await self._socket.recv_multipart()
-                if len(frames) != 3 or len(frames[1]) != 8:
+                if len(frames) != 3 or len(frames[1]) != _ID_BYTES:
                     reason = f"found {len(frames) - 1} frames, expected an id of 8 bytes and a message"
                     self.refusals.add(MALFORMED, frames[0].hex(), reason)
                     continue
@@ -157,8 +160,11 @@ class Service:
     async def _keep_alive(self) -> None:
         while True:
             await asyncio.sleep(KEEPALIVE_S)
-            for peer, request_id in list(self._held):
-                await self._socket.send_multipart([peer, request_id, b""])
+            held: dict[bytes, list[bytes]] = {}
+            for peer, request_id in self._held:
+                held.setdefault(peer, []).append(request_id)
+            for peer, request_ids in held.items():
+                await self._socket.send_multipart([peer, _ALIVE, b"".join(request_ids)])
 
 
 class Client:
@@ -221,7 +227,7 @@ class Client:
             RefusedError: The service refuses.
             SilenceError: Neither an answer nor a sign of life for `silence_s`.
         """
-        request_id = next(self._ids).to_bytes(8, "big")
+        request_id = next(self._ids).to_bytes(_ID_BYTES, "big")
         answers = self._answers[request_id] = asyncio.Queue()
         try:
             async with asyncio.timeout(silence_s) as patience:
@@ -272,8 +278,15 @@ class Client:
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
             request_id, data = await socket.recv_multipart()
-            if (waiter := self._answers.get(request_id)) is not None:
-                waiter.put_nowait(data)
+            if request_id == _ALIVE:
+                for start in range(0, len(data), _ID_BYTES):
+                    self._hand_over(data[start : start + _ID_BYTES], b"")
+            else:
+                self._hand_over(request_id, data)
+
+    def _hand_over(self, request_id: bytes, data: bytes) -> None:
+        if (waiter := self._answers.get(request_id)) is not None:
+            waiter.put_nowait(data)
 
 
 def ledger_client(run_dir: Path) -> Client:

@@ -35,6 +35,11 @@ class Batches:
             batch = self._pinned_first()
         return self.in_order(batch)
 
+    def break_up(self, reason: str) -> None:
+        """The batch that is reserved is none any more."""
+        for visit in self._book.visits(VisitState.RESERVED):
+            self._book.move(visit, VisitState.SCORED, f"was in the step from {visit.step}: {reason}")
+
     def awaited(self) -> list[Visit]:
         """Leased, pinned visits without which the learner does not step: not all pinned ones would find a place.
 

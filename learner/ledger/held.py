@@ -6,6 +6,7 @@ from enum import Enum
 from typing import TypeVar
 
 HOLD_S = 2.0
+LONG_HOLD_S = 20.0
 
 A = TypeVar("A")
 
@@ -39,13 +40,13 @@ class HeldRequests:
         except TimeoutError:
             return
 
-    async def wait(self, topic: Topic, answer: Callable[[], A]) -> A | None:
-        """The first answer that is not empty; None after two seconds.
+    async def wait(self, topic: Topic, answer: Callable[[], A], hold_s: float = HOLD_S) -> A | None:
+        """The first answer that is not empty; None after `hold_s`.
 
         An answer that was made is never lost to the deadline: a cancellation reaches only the wait itself.
         """
         try:
-            async with asyncio.timeout(HOLD_S):
+            async with asyncio.timeout(hold_s):
                 while not (found := answer()):
                     await self._changed[topic].wait()
                 return found

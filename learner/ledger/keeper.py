@@ -57,6 +57,7 @@ class Keeper:
         self.overlap = Overlap()
         self.manifest = store.manifest()
         self.revision = incarnation * _REVISIONS
+        self._directory: wire.Directory | None = None
         self.held = HeldRequests()
         self.activity = Activity()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -89,6 +90,17 @@ class Keeper:
                     self.store.cut_log()
         except RunDirectoryError as error:
             self.fail(error)
+
+    def directory(self) -> wire.Directory:
+        """What everyone may know."""
+        if self._directory is None or self._directory.revision != self.revision:
+            self._directory = wire.Directory(
+                revision=self.revision,
+                manifest=self.manifest,
+                verifiers=self.fleet.endpoints(),
+                closing=bool(self.ledger.closing),
+            )
+        return self._directory
 
     def revise(self) -> None:
         """The directory has changed."""

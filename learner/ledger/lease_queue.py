@@ -7,12 +7,11 @@ from typing import NamedTuple
 from common import wire
 from common.errors import RefusedError, RunDirectoryError
 from common.versions import Version
-from learner.ledger.held import Topic
+from learner.ledger.held import LONG_HOLD_S, Topic
 from learner.ledger.keeper import Keeper
 from learner.ledger.leases import evaluation_lease, training_lease
 from learner.ledger.waits import lease_waits_for
 
-HOLD_S = 20.0
 _LOOK_S = 1.0
 
 _Leases = tuple[wire.Lease, ...]
@@ -89,7 +88,7 @@ class LeaseQueue:
         waiter = _Waiter(request, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(request.version, {})[request.name] = waiter
         try:
-            await asyncio.wait([waiter.answer], timeout=HOLD_S)  # unlike a timeout, it loses no answer that was given
+            await asyncio.wait([waiter.answer], timeout=LONG_HOLD_S)  # it loses no answer that was given
         finally:
             self._forget(waiter)
         return waiter.answer.result() if waiter.answer.done() else ()

@@ -2,6 +2,7 @@
 
 from common import wire
 from common.config import Config
+from common.versions import Version
 from common.wire import VisitState
 from learner.ledger.book import Book
 from learner.ledger.judgement import MIN_GRADED, num_graded
@@ -20,6 +21,11 @@ class Returns:
         """Of a stored group: that of its oldest token."""
         assert visit.versions
         return max(map(self._track.staleness, visit.versions))
+
+    def is_contained(self, visit: Visit, version: Version) -> bool:
+        """Whether the weights of `version` were trained on the visit."""
+        assert visit.step is not None
+        return self._track.leads_to(visit.step.next(), version)
 
     def lease_staleness(self, visit: Visit) -> int:
         """Of the oldest token that a leased group may have."""

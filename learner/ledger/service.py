@@ -11,7 +11,7 @@ from common.config import Config
 from common.errors import RefusedError, RunDirectoryError
 from common.log import logger
 from common.wire import Role
-from learner.ledger.held import Topic
+from learner.ledger.held import LONG_HOLD_S, Topic
 from learner.ledger.judgement import ALL_RIGHT, ALL_WRONG
 from learner.ledger.keeper import Keeper
 from learner.ledger.lease_queue import LeaseQueue
@@ -129,18 +129,13 @@ class LedgerService:
             return wire.BeatAnswer(cancelled=cancelled, known=True, next_s=next_s)
 
     async def _watch(self, watch: wire.Watch) -> wire.Directory:
-        def directory() -> wire.Directory:
-            return wire.Directory(
-                revision=self.keeper.revision,
-                manifest=self.keeper.manifest,
-                verifiers=self.keeper.fleet.endpoints(),
-                closing=bool(self.keeper.ledger.closing),
-            )
-
-        changed = await self.keeper.held.wait(
-            Topic.DIRECTORY, lambda: directory() if self.keeper.revision != watch.revision else None
+        keeper = self.keeper
+        changed = await keeper.held.wait(
+            Topic.DIRECTORY,
+            lambda: keeper.directory() if keeper.revision != watch.revision else None,
+            hold_s=LONG_HOLD_S,
         )
-        return changed or directory()
+        return changed or keeper.directory()
 
     async def _status(self, status: wire.Status) -> wire.StatusReport:
         now = time.time()

@@ -190,7 +190,7 @@ class Ledger:
             self.track.current = version = START
         else:
             version = self._resume(checkpoint or START, sequence, num_visits)
-        self._break_up("it did not end")
+        self._batches.break_up("it did not end")
         self.closing = ""
         self._returns.expire_outdated()
         return version
@@ -229,7 +229,7 @@ class Ledger:
 
     def lose(self, visit: Visit, reason: str) -> None:
         """What was stored of a reserved visit is gone: it is sampled again, and the learner reserves another batch."""
-        self._break_up(reason)
+        self._batches.break_up(reason)
         self._returns.give_back(visit, reason)
 
     def awaited_pins(self) -> list[Visit]:
@@ -263,7 +263,7 @@ class Ledger:
         """
         if self.track.save(version, self._config.learner.keep_checkpoints):
             for visit in self.visits(VisitState.TRAINED):
-                if self._is_contained(visit, version=self.track.checkpoints[0]):
+                if self._returns.is_contained(visit, self.track.checkpoints[0]):
                     self._book.conclude(visit)
 
     def finish(self, reason: str) -> None:
@@ -274,7 +274,6 @@ class Ledger:
         for state in (VisitState.WAITING, VisitState.LEASED, VisitState.SCORED, VisitState.RESERVED):
             for visit in self.visits(state):
                 self._book.move(visit, VisitState.UNUSED, f"{state.value} when the run ended: {self.closing}")
-                visit.step = None
 
     # Transitions
 
@@ -287,25 +286,13 @@ class Ledger:
                 return visit
             self._book.move(visit, VisitState.REJECTED, rejected)
 
-    def _break_up(self, reason: str) -> None:
-        """The batch that is reserved is none any more."""
-        for visit in self.visits(VisitState.RESERVED):
-            self._book.move(visit, VisitState.SCORED, f"was in the step from {visit.step}: {reason}")
-
     def _resume(self, checkpoint: Version, sequence: int, num_visits: int) -> Version:
         check_position(checkpoint, num_visits, self._book.num_visits)
         self.track.check_resume(checkpoint, sequence)
         for visit in self.visits(VisitState.TRAINED):
-            if not self._is_contained(visit, checkpoint):
+            if not self._returns.is_contained(visit, checkpoint):
                 self._book.move(visit, VisitState.SCORED, f"the learner resumed from {checkpoint}")
         return self.track.resume(checkpoint)
-
-    # Versions
-
-    def _is_contained(self, visit: Visit, version: Version) -> bool:
-        """Whether the weights of `version` were trained on the visit."""
-        assert visit.step is not None
-        return self.track.leads_to(visit.step.next(), version)
 
     def _trained_from(self, version: Version) -> list[int]:
         return [visit.number for visit in self.visits(VisitState.TRAINED) if visit.step == version]
