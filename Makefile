@@ -33,7 +33,7 @@ bench: setup
 
 ONLY ?= not full
 reliability: setup
-	$(BIN)/python -m pytest tests/system -k "faults or soak" -m "$(ONLY)" --reliability docs/reliability.md
+	$(BIN)/python -m pytest tests/system -k "faults or soak or damaged" -m "$(ONLY)" --reliability docs/reliability.md
 
 check: setup
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import pytest
 
 from learner.saved import directories
 from tests.learner.saves import flip_a_bit
+from tests.system.accounts import Cost
 from tests.system.conftest import REPOSITORY, Run
 
 SMALL = (
@@ -27,12 +28,18 @@ DATA = "megatron/__0_0.distcp"
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(start_run: Callable[..., Run]) -> None:
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(
+    start_run: Callable[..., Run], report: Callable[[str, str, Cost], None]
+) -> None:
     run = start_run("steps=20", *SMALL)
-    (only,) = _damage_the_newest_and_kill_the_learner(run, num_checkpoints=1)
-    before, newest = _damage_the_newest_and_kill_the_learner(run, num_checkpoints=2)
+    (only,), _ = _damage_the_newest_and_kill_the_learner(run, num_checkpoints=1)
+    (before, newest), killed_at = _damage_the_newest_and_kill_the_learner(run, num_checkpoints=2)
     assert run.wait() == 0, run.output()[-3000:]
-    run.assert_sound()
+    report(
+        "a bit of the newest checkpoint flips, and the learner is killed",
+        "it goes on from the checkpoint before, says so, and repeats the steps since with their groups",
+        run.assert_survived(killed_at),
+    )
     _check_what_is_said(run, only, "the starting weights")
     _check_what_is_said(run, newest, before.name)
     assert run.output().count("no checkpoint to go on from: the learner begins with the starting weights") == 1
@@ -48,8 +55,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(star
     _check_that_nothing_is_done_where_none_is_whole(run)
 
 
-def _damage_the_newest_and_kill_the_learner(run: Run, num_checkpoints: int) -> list[Path]:
-    """Waits for so many checkpoints, and returns them, oldest first."""
+def _damage_the_newest_and_kill_the_learner(run: Run, num_checkpoints: int) -> tuple[list[Path], float]:
+    """Waits for so many checkpoints; returns them, oldest first, and when the learner was killed."""
     until = time.monotonic() + 240
     while len(directories(run.directory / "checkpoints")) < num_checkpoints:
         assert run.launcher.poll() is None, run.output()[-3000:]
@@ -59,8 +66,7 @@ def _damage_the_newest_and_kill_the_learner(run: Run, num_checkpoints: int) -> l
         process.send_signal(signal.SIGSTOP)  # no checkpoint is saved between the damage and the death
     found = directories(run.directory / "checkpoints")
     flip_a_bit(found[-1] / DATA)
-    run.kill("learner")
-    return found
+    return found, run.kill("learner")
 
 
 def _check_what_is_said(run: Run, damaged: Path, instead: str) -> None:
