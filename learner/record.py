@@ -88,6 +88,7 @@ class Recorder:
             "learner_tokens_per_s": metrics["num_tokens"] / seconds,
             "learner_idle": times["wait_s"] / seconds,
             **_fleet(status),
+            **_expired_lengths(groups),
             "epoch": status.epoch,
             "epochs": status.epochs,
         }
@@ -145,6 +146,15 @@ class Recorder:
                 "versions": [[span.end, str(span.version)] for span in completion.spans()],
             }
             self._samples.write(json.dumps(row) + "\n")
+
+
+def _expired_lengths(groups: tuple[wire.TrainingGroup, ...]) -> dict[str, float]:
+    """How many of a step's groups had expired before, and how long their completions are; NaN where there are none."""
+    expired = [group for group in groups if group.has_expired]
+    lengths = [completion.num_tokens for group in expired for completion in group.scored.group.completions]
+    p50, p90, longest = np.percentile(lengths or [float("nan")], [50, 90, 100]).tolist()
+    row = {"expired_tokens_p50": p50, "expired_tokens_p90": p90, "expired_tokens_max": longest}
+    return {"num_groups_expired": float(len(expired))} | row
 
 
 def _fleet(status: wire.StatusReport) -> dict[str, float]:

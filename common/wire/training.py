@@ -52,10 +52,11 @@ class Reserve(Message):
 
 
 class TrainingGroup(Message):
-    """A scored group with its prompt."""
+    """A scored group with its prompt, and whether an attempt at it before has become too stale."""
 
     prompt: Prompt
     scored: ScoredGroup
+    has_expired: bool = False
 
 
 class Batch(Message):

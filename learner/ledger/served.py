@@ -10,6 +10,7 @@ class _Group(wire.Message, tag="TrainingGroup"):
 
     prompt: msgspec.Raw
     scored: msgspec.Raw
+    has_expired: bool
 
 
 class _Fetched(wire.Message, tag="Fetched"):
@@ -18,6 +19,6 @@ class _Fetched(wire.Message, tag="Fetched"):
     group: _Group
 
 
-def stored_group(prompt: bytes, scored: bytes) -> wire.Message:
+def stored_group(prompt: bytes, scored: bytes, *, has_expired: bool) -> wire.Message:
     """The answer to a `wire.Fetch`, made of an encoded prompt and an encoded scored group."""
-    return _Fetched(group=_Group(prompt=msgspec.Raw(prompt), scored=msgspec.Raw(scored)))
+    return _Fetched(group=_Group(prompt=msgspec.Raw(prompt), scored=msgspec.Raw(scored), has_expired=has_expired))

@@ -221,7 +221,7 @@ class LedgerService:
         store = self.keeper.store
         with self.keeper.activity.working():
             if (scored := store.payload_bytes(visit.number)) is not None:
-                return stored_group(store.prompt_bytes(visit.prompt), scored)
+                return stored_group(store.prompt_bytes(visit.prompt), scored, has_expired=visit.pinned)
         reason = "the stored group is not there as it was stored"
         logger().error("group_lost", visit=visit.number, where=str(store.where(visit.number)))
         with self.keeper.stored():

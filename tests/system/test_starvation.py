@@ -84,6 +84,9 @@ def test_long_answers_have_their_share_of_what_is_trained(start_run: Callable[..
     due = visits[: (STEPS - 3 * MAX_STALENESS - 1) * GROUPS]
     assert {visit.state for visit in due} == {"trained"}
     assert abs(_mean(visit.is_long for visit in due) - NUM_LONG / NUM_PROMPTS) <= _sampling_error(len(due))
+    rows = run.rows("step")
+    assert sum(row["num_groups_expired"] for row in rows) == sum(v.is_pinned and v.state == "trained" for v in visits)
+    assert max(row["expired_tokens_p50"] or 0 for row in rows) > 10 * lengths[False]
     pins = [row["pin_wait_s"] for row in run.rows("step")]
     assert all(0 <= pin <= row["seconds"] for pin, row in zip(pins, run.rows("step"), strict=True))
     assert sum(pin > 0 for pin in pins) > STEPS / 20
