@@ -206,6 +206,7 @@ class Run:
         if self.launcher.poll() is None:
             os.killpg(self.launcher.pid, signal.SIGKILL)
             self.launcher.wait(20)
+            psutil.wait_procs(self.processes(), timeout=10)  # each takes with it what it started, whatever its name
         for process in self.processes():
             process.kill()
         self._output.close()
