@@ -46,7 +46,7 @@ class LeaseQueue:
         leases: _Leases = ()
         if request.version not in self._waiting:
             leases = self._grant(request)
-        if not leases and request.name in self._keeper.fleet:
+        if not leases and request.room > 0 and request.name in self._keeper.fleet:  # others wait behind who waits
             leases = await self._wait(request)
         return wire.Leases(leases=leases, waiting_for="" if leases else self._why_none(request))
 

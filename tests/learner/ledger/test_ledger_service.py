@@ -134,6 +134,59 @@ def test_a_generator_that_waits_at_an_old_version_hears_of_a_new_one_at_once(
     asyncio.run(scenario())
 
 
+def test_who_has_no_room_is_answered_at_once_and_keeps_nobody_waiting(make_run: MakeRun, make_group: MakeGroup) -> None:
+    run_dir, config = make_run(max_staleness=0)
+
+    async def scenario() -> None:
+        async with serving(run_dir) as (_, client):
+            full, other = (Fleet(run_dir, client, make_group, f"generator-{i}") for i in range(2))
+            learner = Learner(client, config)
+            await full.join()
+            await other.join()
+            await learner.begin()
+            none = await asyncio.wait_for(_ask_for_leases(client, learner.version, room=0), timeout=1)
+            assert none.leases == ()
+            assert await other.work(learner.version, room=9) == config.groups_per_step
+
+    asyncio.run(scenario())
+
+
+def test_generators_that_wait_are_served_in_the_order_in_which_they_came(
+    make_run: MakeRun, make_group: MakeGroup
+) -> None:
+    """A filtered group frees its place: one at a time."""
+    run_dir, config = make_run(max_staleness=1)
+
+    async def scenario() -> None:
+        async with serving(run_dir) as (_, client):
+            names = [f"generator-{i}" for i in range(4)]
+            learner = Learner(client, config)
+            for name in names:
+                await Fleet(run_dir, client, make_group, name).join()
+            await learner.begin()
+            leases = (await _ask_for_leases(client, learner.version, room=9)).leases
+            assert len(leases) == 2 * config.groups_per_step
+            answered: list[str] = []
+
+            async def wait(name: str) -> None:
+                request = wire.LeaseRequest(name=name, version=learner.version, room=1)
+                assert len((await client.ask(request, wire.Leases, deadline_s=30)).leases) == 1
+                answered.append(name)
+
+            order = [names[2], names[3], names[1]]
+            async with asyncio.TaskGroup() as waiting:
+                for name in order:
+                    waiting.create_task(wait(name))
+                    await asyncio.sleep(0.1)
+                for num, lease in enumerate(leases[:3], start=1):
+                    group = make_group(lease.key, learner.version, (1.0, 1.0))
+                    await client.ask(group, wire.Verdict, deadline_s=30)
+                    await asyncio.sleep(0.3)
+                    assert answered == order[:num]
+
+    asyncio.run(scenario())
+
+
 def test_only_the_newest_request_of_a_generator_is_granted_leases(make_run: MakeRun, make_group: MakeGroup) -> None:
     run_dir, config = make_run(max_staleness=0)
 
