@@ -10,6 +10,7 @@ from common.membership import Activity
 from common.transport import Client, RunKeys
 
 BACK_OFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+_REFUSED_PAUSE_S = 0.5
 
 
 class Handover:
@@ -98,7 +99,10 @@ class Handover:
             verdict = await verifier.ask_once(group, wire.Verdict)
         except (SilenceError, RefusedError) as error:
             logger().warning("group_sent_again", visit=key.visit, reason=str(error))
-            self._waiting.put_nowait(key)
+            try:
+                await asyncio.sleep(_REFUSED_PAUSE_S)  # a verifier that the ledger has lost says hello within a beat
+            finally:
+                self._waiting.put_nowait(key)
             return
         except asyncio.CancelledError:
             self._waiting.put_nowait(key)

@@ -94,7 +94,10 @@ async def site(engine: Engine, run_dir: Path, config: Config) -> AsyncGenerator[
         await membership.join()
         await learner.begin()
         async with Service(verifier.handle, keys=keys) as service, asyncio.TaskGroup() as tasks:
-            parts = (service.serve(), membership.keep(), rollouts.work(weights))
+            hello = wire.Hello(role=wire.Role.VERIFIER, name="verifier-0", run=keys.public, endpoint=service.endpoint)
+            verifiers = Membership(client, hello, Activity(), deadline_s=30.0)
+            await verifiers.join()
+            parts = (service.serve(), membership.keep(), verifiers.keep(), rollouts.work(weights))
             working = [tasks.create_task(part) for part in parts]
             handover.meet((service.endpoint,), tasks)
 
