@@ -1,7 +1,6 @@
 """Checkpoints that are damaged while the learner is dead: the run goes on from the one before, or begins again."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -62,8 +61,7 @@ def _damage_the_newest_and_kill_the_learner(run: Run, num_checkpoints: int) -> t
         assert run.launcher.poll() is None, run.output()[-3000:]
         assert time.monotonic() < until, run.output()[-3000:]
         time.sleep(0.05)
-    for process in run.processes("-m", "learner"):
-        process.send_signal(signal.SIGSTOP)  # no checkpoint is saved between the damage and the death
+    run.stop("learner")  # no checkpoint is saved between the damage and the death
     found = directories(run.directory / "checkpoints")
     flip_a_bit(found[-1] / DATA)
     return found, run.kill("learner")

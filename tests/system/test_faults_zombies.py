@@ -56,14 +56,14 @@ def test_a_verifier_that_stood_still_comes_back_and_no_group_is_stored_twice(
     run.wait_until(lambda: run.was_lost("verifier-0"), "the ledger to give up verifier-0")
     run.wait_for_steps(4)
     run.go_on("verifier", "verifier-0")
-    run.wait_until(lambda: _visits(run, "ledger", "group_duplicate"), "what it grades late not to be taken")
+    run.wait_until(lambda: _is_turned_away(run, "verifier-0"), "what it grades late not to be taken")
     run.wait_until(lambda: run.num_joins("verifier-0") == 2, "verifier-0 to join again")
     run.wait_for_steps(4)
     run.finish()
     assert "restart" not in run.output()
     report(
         "a verifier stands still (SIGSTOP) for longer than its leases, then goes on",
-        "groups that it holds are sent to another; a second grading of one is a duplicate",
+        "groups that it holds are sent to another; what it grades late is refused until it has joined again, or a duplicate",
         run.assert_survived(stopped_at),
     )
 
@@ -73,6 +73,12 @@ def _were_granted_anew(run: Run, leased: dict[int, int]) -> bool:
     now = [v for v in visits(run.directory) if v.number in leased]
     is_open = any(v.holder and v.attempt == leased[v.number] for v in now)
     return not is_open and any(v.attempt > leased[v.number] for v in now)
+
+
+def _is_turned_away(run: Run, verifier: str) -> bool:
+    """Whether the ledger has refused a group of a verifier that it had given up, or has it already."""
+    refused = [event["reason"] for event in run.events("ledger", "refused")]
+    return bool(_visits(run, "ledger", "group_duplicate")) or any(f"a group from {verifier}" in r for r in refused)
 
 
 def _visits(run: Run, process: str, event: str) -> set[int]:
