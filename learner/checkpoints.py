@@ -23,7 +23,7 @@ import torch
 from common import wire
 from common.config import Config
 from common.errors import RunDirectoryError
-from common.files import sync_directory, write_atomically
+from common.files import one_line, sync_directory, write_atomically
 from common.log import logger
 from common.rendezvous import RunKeys
 from common.versions import Version
@@ -173,7 +173,7 @@ class Checkpoints:
             return
         write_atomically(self._path(version) / _ACCURACY, msgspec.json.encode(accuracy))
         temporary = self._best.with_name(".best")
-        with _one_line(self._best):
+        with one_line(self._best):
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(self._path(version).name)
             temporary.replace(self._best)
@@ -198,7 +198,7 @@ class Checkpoints:
 
     def _make_whole(self, point: SavePoint) -> bool:
         temporary, path = self._partial(point.version), self._path(point.version)
-        with _one_line(path):
+        with one_line(path):
             sync_directory(temporary / MEGATRON)
             point.write(temporary)
             temporary.rename(path)
@@ -237,21 +237,13 @@ class Checkpoints:
                 continue
             partial = self._directory / f".{path.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            with _one_line(path):
+            with one_line(path):
                 path.rename(partial)
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def _make_anew(path: Path) -> bool:
-    with _one_line(path):
+    with one_line(path):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
     return True
-
-
-@contextmanager
-def _one_line(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error

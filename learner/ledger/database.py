@@ -50,14 +50,9 @@ class Database:
         Raises:
             RunDirectoryError: The disk is full, or the file cannot be written.
         """
-        with self._mapped():
+        with self._mapped(), self._sql:
             self._sql.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._sql
-            except BaseException:
-                self._sql.rollback()
-                raise
-            self._sql.commit()
+            yield self._sql
 
     def keep_log_short(self) -> Callable[[], int]:
         """What moves the log into the file, and returns its bytes; any thread may call it, which waits for the disk.

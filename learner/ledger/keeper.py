@@ -58,6 +58,7 @@ class Keeper:
         self.manifest = store.manifest()
         self.revision = incarnation * _REVISIONS
         self._directory: wire.Directory | None = None
+        self._syncing = asyncio.Lock()
         self.held = HeldRequests()
         self.activity = Activity()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -78,7 +79,8 @@ class Keeper:
         Raises:
             RunDirectoryError: The disk fails.
         """
-        await asyncio.to_thread(self.store.sync())
+        async with self._syncing:  # what another call has begun to sync is not on the disk before it ends
+            await asyncio.to_thread(self.store.sync())
 
     async def keep_log_short(self) -> None:
         """Moves what is stored from the log into the file, beside all else, until cancelled."""

@@ -43,11 +43,7 @@ class LeaseQueue:
         if not self._keeper.ledger.track.knows(request.version):
             raise RefusedError(f"found an engine at {request.version}, expected a lineage that has begun")
         self.leave(request.name)
-        leases: _Leases = ()
-        if request.version not in self._waiting:
-            leases = self._grant(request)
-        if not leases and request.room > 0 and request.name in self._keeper.fleet:  # others wait behind who waits
-            leases = await self._wait(request)
+        leases = await self._wait(request) if request.room > 0 else ()  # others wait behind who waits
         return wire.Leases(leases=leases, waiting_for="" if leases else self._why_none(request))
 
     def leave(self, name: str) -> None:
@@ -67,44 +63,43 @@ class LeaseQueue:
         while True:
             await self._keeper.held.change(Topic.LEASES, _LOOK_S)  # an evaluation goes to older engines after a while
             try:
-                self._serve()
+                for version in sorted(self._waiting, reverse=True):
+                    self._serve(version)
             except RunDirectoryError as error:
                 self._keeper.fail(error)
                 return
 
-    def _serve(self) -> None:
-        for version in sorted(self._waiting, reverse=True):
-            for waiter in list(self._waiting[version].values()):
-                if waiter.answer.done():
-                    continue
-                if waiter.request.name not in self._keeper.fleet:
-                    _answer(waiter, ())
-                elif leases := self._grant(waiter.request):
-                    _answer(waiter, leases)
-                else:
-                    break
+    def _serve(self, version: Version) -> None:
+        for waiter in self._waiting[version].values():
+            if waiter.answer.done():
+                continue
+            if waiter.request.name not in self._keeper.fleet:
+                _answer(waiter, ())
+            elif leases := self._grant(waiter.request):
+                _answer(waiter, leases)
+            else:
+                break
 
     async def _wait(self, request: wire.LeaseRequest) -> _Leases:
         waiter = _Waiter(request, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(request.version, {})[request.name] = waiter
         try:
+            self._serve(request.version)
             await asyncio.wait([waiter.answer], timeout=LONG_HOLD_S)  # it loses no answer that was given
         finally:
             self._forget(waiter)
         return waiter.answer.result() if waiter.answer.done() else ()
 
     def _forget(self, waiter: _Waiter) -> None:
-        waiters = self._waiting[waiter.request.version]
+        waiters = self._waiting.get(waiter.request.version, {})
         if waiters.get(waiter.request.name) is waiter:
             del waiters[waiter.request.name]
-        if not waiters:
-            del self._waiting[waiter.request.version]
+            if not waiters:
+                del self._waiting[waiter.request.version]
 
     def _grant(self, request: wire.LeaseRequest) -> _Leases:
         """Evaluations first, then training."""
-        if request.name not in self._keeper.fleet:
-            return ()
-        now, room = time.time(), max(0, request.room)
+        now, room = time.time(), request.room
         with self._keeper.stored():
             evaluations = self._keeper.evaluations.grant(request.name, request.version, room, now)
             visits = self._keeper.ledger.grant(request.name, request.version, room - len(evaluations), now)

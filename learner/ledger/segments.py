@@ -8,11 +8,11 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import RunDirectoryError
-from common.files import sync_directory
+from common.files import one_line, sync_directory
 
 SEGMENT_BYTES = 64 << 20
 _SUFFIX = ".groups"
@@ -42,14 +42,10 @@ class Segments:
     """
 
     def __init__(self, directory: Path, places: Iterable[Place], *, read_only: bool = False) -> None:
-        """`places` are the payloads that are needed; files without one are left from a killed process, and go.
-
-        Raises:
-            RunDirectoryError: The directory cannot be written.
-        """
+        """`places` are the payloads that are needed; files without one are left from a killed process, and go."""
         self._directory = directory
         self._num_live = Counter(place.segment for place in places)
-        self._unsynced: set[Path] = set()
+        self._unsynced = {self._path(number) for number in self._num_live}  # the process before may have synced none
         self._file: int | None = None
         self._end = 0
         found = self._numbers()
@@ -64,13 +60,11 @@ class Segments:
         Raises:
             RunDirectoryError: The disk is full, or the directory cannot be written.
         """
-        try:
+        with one_line(self._directory):
             if self._file is None or self._end >= SEGMENT_BYTES:
                 self._begin_segment()
             assert self._file is not None
             _write(self._file, payload, self._end)
-        except OSError as error:
-            raise RunDirectoryError(f"{self._path(self._newest)}: cannot be written: {error.strerror}") from error
         place = Place(self._newest, self._end, len(payload), zlib.crc32(payload))
         self._end += len(payload)
         self._num_live[place.segment] += 1
@@ -138,14 +132,10 @@ def sync_files(paths: Collection[Path]) -> None:
         RunDirectoryError: The disk fails.
     """
     for path in paths:
-        try:
+        with one_line(path), suppress(FileNotFoundError):
             with path.open("rb") as file:
                 os.fdatasync(file.fileno())
             sync_directory(path.parent)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _size_bytes(path: Path) -> int:

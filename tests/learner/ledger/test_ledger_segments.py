@@ -54,6 +54,7 @@ def test_another_process_appends_to_no_file_of_the_one_before_and_removes_what_n
     stray.write_bytes(b"a payload whose transaction never ended")
     after = Segments(tmp_path / "groups", [place])
     assert not stray.exists()
+    assert [path.name for path in after.take_unsynced()] == ["000001.groups"], "the one before may have synced none"
     assert after.append(b"new").segment == 10
     assert after.read(place) == b"needed"
     reading = Segments(tmp_path / "groups", [], read_only=True)
