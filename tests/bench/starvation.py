@@ -5,8 +5,7 @@ Simulated time on the real state machine: one prompt in ten answers 50 times lon
 
 import sys
 
-from tests.learner.ledger.fleets import Simulation, Times, simulation_config
-from tests.learner.ledger.test_ledger_starvation import STEPS, share, wait_bound
+from tests.learner.ledger.fleets import STEPS, Simulation, Times, share, simulation_config, wait_bound
 
 GROUPS_PER_STEP = 4
 TIMES = Times(num_slots=64, step_s=4.0, load_s=0.5)

@@ -21,6 +21,7 @@ from tests.system.reliability import Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHILD = str(REPOSITORY / "launch" / "child.py")
+ENDLESS = ("steps=1000", "groups_per_step=8", "evaluation.every=1000")  # until a test has seen enough: small, long
 STATES = {"waiting", "leased", "scored", "reserved", "trained", "filtered", "rejected", "quarantined", "unused"}
 
 

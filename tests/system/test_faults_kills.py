@@ -12,9 +12,9 @@ from common.wire import VisitState
 from learner.ledger.store import Store
 from learner.ledger.visits import Visit
 from tests.system.accounts import Cost, lineages, trained, visits
-from tests.system.conftest import Run
+from tests.system.conftest import ENDLESS, Run
 
-SHORT = ("steps=1000", "groups_per_step=8", "evaluation.every=1000", "lease.heartbeat_timeout_s=5")
+SHORT = (*ENDLESS, "lease.heartbeat_timeout_s=5")
 SELDOM = "learner.checkpoint_every=1000"
 Report = Callable[[str, str, Cost], None]
 

@@ -12,16 +12,14 @@ import pytest
 
 from learner.ledger.visits import Visit
 from tests.system.accounts import Cost, visits
-from tests.system.conftest import REPOSITORY, Run
+from tests.system.conftest import ENDLESS, REPOSITORY, Run
 
 TIMEOUT_S = 4
 LOSSY = Path(__file__).with_name("lossy")
 HERE, THERE = "10.213.0.1", "10.213.0.2"
 SHORT = (
-    "steps=1000",
-    "groups_per_step=8",
+    *ENDLESS,
     "learner.checkpoint_every=100",
-    "evaluation.every=100",
     f"lease.heartbeat_timeout_s={TIMEOUT_S}",
 )
 

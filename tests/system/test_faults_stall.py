@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from tests.system.accounts import Cost, cost
-from tests.system.conftest import Run
+from tests.system.conftest import ENDLESS, Run
 
 STALL_S = 60  # longer than an engine takes to start
 
@@ -12,9 +12,7 @@ def test_a_run_whose_generators_all_stand_still_stops_and_says_so(
     start_run: Callable[..., Run], report: Callable[[str, str, Cost], None]
 ) -> None:
     run = start_run(
-        "steps=1000",
-        "groups_per_step=8",
-        "evaluation.every=1000",
+        *ENDLESS,
         "learner.checkpoint_every=1000",
         "lease.heartbeat_timeout_s=5",
         f"run.stall_timeout_s={STALL_S}",

@@ -4,15 +4,13 @@ import time
 from collections.abc import Callable
 
 from tests.system.accounts import Cost, visits
-from tests.system.conftest import Run
+from tests.system.conftest import ENDLESS, Run
 
 TIMEOUT_S = 4
 PILE_UP_S = 2.0
 SHORT = (
-    "steps=1000",
-    "groups_per_step=8",
+    *ENDLESS,
     "learner.checkpoint_every=100",
-    "evaluation.every=100",
     f"lease.heartbeat_timeout_s={TIMEOUT_S}",
     "verifier.deadline_s=60",
 )

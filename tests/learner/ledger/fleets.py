@@ -16,6 +16,7 @@ from tests.learner.ledger.rules import scored_group
 
 NUM_PROMPTS = 50
 LONG_SHARE = 0.1
+STEPS = 200
 LONG_FACTOR = 50
 
 
@@ -121,3 +122,20 @@ def simulation_config(max_staleness: int, groups_per_step: int) -> Config:
 
 def is_long(prompt: int) -> bool:
     return prompt < NUM_PROMPTS * LONG_SHARE
+
+
+def wait_bound(max_staleness: int) -> int:
+    """Steps from the one in which a visit is handed out to the last one that may train it, where no attempt fails.
+
+    Its first lease ends with its window, after eta + 1 steps at most. While it waits in front no new visit is handed
+    out, so the at most (eta + 1) * groups_per_step under way become fewer by groups_per_step a step: it is granted
+    again within eta steps, and trained within the eta + 1 of its new window.
+    """
+    return 3 * max_staleness + 1
+
+
+def share(simulation: Simulation) -> float:
+    """Of long groups among those trained in the last `STEPS` steps."""
+    last = [t for t in simulation.trained if t.step >= simulation.version.number - STEPS]
+    assert len(last) == STEPS * simulation.config.groups_per_step
+    return sum(t.is_long for t in last) / len(last)

@@ -7,28 +7,10 @@ from hypothesis import given, settings, strategies as st
 
 from common.wire import VisitState
 from learner.ledger.state import Ledger
-from tests.learner.ledger.fleets import LONG_SHARE, Simulation, Times, simulation_config
+from tests.learner.ledger.fleets import LONG_SHARE, STEPS, Simulation, Times, share, simulation_config, wait_bound
 from tests.learner.ledger.rules import scored_group
 
-STEPS = 200
 FAST = Times(num_slots=24, step_s=1.0, load_s=0.3)
-
-
-def wait_bound(max_staleness: int) -> int:
-    """Steps from the one in which a visit is handed out to the last one that may train it, where no attempt fails.
-
-    Its first lease ends with its window, after eta + 1 steps at most. While it waits in front no new visit is handed
-    out, so the at most (eta + 1) * groups_per_step under way become fewer by groups_per_step a step: it is granted
-    again within eta steps, and trained within the eta + 1 of its new window.
-    """
-    return 3 * max_staleness + 1
-
-
-def share(simulation: Simulation) -> float:
-    """Of long groups among those trained in the last `STEPS` steps."""
-    last = [t for t in simulation.trained if t.step >= simulation.version.number - STEPS]
-    assert len(last) == STEPS * simulation.config.groups_per_step
-    return sum(t.is_long for t in last) / len(last)
 
 
 def sampling_error(simulation: Simulation) -> float:
