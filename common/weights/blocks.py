@@ -1,28 +1,45 @@
-"""The code of one block: what changed between two runs of words, as streams of one kind of symbol each.
+"""What changed in one run of words, and its bytes.
 
-Positions are gaps: a byte below 255 ends a gap, each 255 before it is that many unchanged words more. Where many words
-changed, they are a bitmap. Changes are differences of the words, which count units in the last place: zigzag, less one,
-in four bits, two to a byte; 15 stands for more, and what is above it follows in planes of bytes. Each stream is
-compressed by zstd, where that makes it smaller.
+Runs are compared by rows of 64 bits; one without a change is not looked at again. The bytes say which rows have one
+(the gaps between them, in eight bits or in four; or all of them), which of their words changed (a bit each), and by
+how much. That is the difference of the words, which counts units in the last place: zigzag, less one, in four bits,
+where 15 stands for more, and what is above it follows in planes of bytes. float32 of which nearly every word changes
+has the planes alone. So each stream has symbols of one kind, of three bits or so at least to a byte: below that zstd
+spends time and bytes on chance repetitions.
 """
 
 import struct
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from common.errors import WeightsError
 from common.weights.parts import Word, Words
+from common.weights.streams import (
+    BYTE,
+    NIBBLE,
+    Bytes,
+    gaps,
+    indices,
+    pack,
+    planes,
+    read_gaps,
+    read_planes,
+    read_symbols,
+    read_zigzag,
+    symbols,
+    unpack,
+    zigzag,
+)
 
-_HEAD = struct.Struct("<BI")  # how positions are coded, number of changes
-_STREAM = struct.Struct("<II")  # size in bytes, and as compressed; the same where it is not
-_GAPS, _BITMAP = 0, 1
-_BITMAP_SHARE = 1 / 8
-_ESCAPE = 15
-_COMPARED_WORDS = 1 << 16
-_ZSTD = pa.Codec("zstd", compression_level=1)
+ROW_BYTES = 8
+_HEAD = struct.Struct("<BI")  # the escape of the gaps, or one of the next two; number of gaps
+_ALL_ROWS, _PLANES = 0, 1
+_GAPS = np.dtype("<u4")
+_GAP_STREAMS = 1 + _GAPS.itemsize
+_NIBBLES_FROM = 1 / 4  # share of the rows
+_ALL_FROM = 1 / 2
+_PLANES_FROM = 3 / 4
 
 
 class Changes(NamedTuple):
@@ -37,103 +54,126 @@ class Changes(NamedTuple):
     differences: Words
 
 
-def find_changes(base: Words, new: Words) -> Changes:
-    """What changed, by the bits."""
-    pieces = [
-        np.flatnonzero(base[at : at + _COMPARED_WORDS] != new[at : at + _COMPARED_WORDS]) + at
-        for at in range(0, base.size, _COMPARED_WORDS)
-    ]
-    positions = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-    return Changes(positions, new[positions] - base[positions])
+class Block(NamedTuple):
+    """What changed in a run of words, by rows of 64 bits.
+
+    Attributes:
+        num_words: Of the run; the last row may stand for fewer words than the others.
+        rows: Which ones have a change, ascending; all, where it is None.
+        differences: New less old of each word in these rows, modulo the words' range.
+    """
+
+    num_words: int
+    rows: NDArray[np.int64] | None
+    differences: Words
+
+    @classmethod
+    def between(cls, base: Words, new: Words) -> Self:
+        """What makes `new` of `base`, by the bits."""
+        old_rows, new_rows = _rows(base), _rows(new)
+        differ = old_rows != new_rows
+        if np.count_nonzero(differ) > _ALL_FROM * differ.size:
+            return cls(base.size, None, new - base)
+        rows = indices(differ)
+        return cls(base.size, rows, np.take(new_rows, rows).view(base.dtype) - np.take(old_rows, rows).view(base.dtype))
+
+    def add_to(self, words: Words) -> None:
+        """Makes the new words of the old ones, in place."""
+        if self.rows is None:
+            words += self.differences
+            return
+        held = _rows(words)
+        patched = np.take(held, self.rows)
+        each = patched.view(words.dtype)
+        each += self.differences
+        held[self.rows] = patched
+        if not np.may_share_memory(held, words):
+            words[:] = held.view(words.dtype)[: words.size]
+
+    def changes(self) -> Changes:
+        """The words that changed."""
+        inside = indices(self.differences != 0)
+        differences = self.differences[inside]
+        if self.rows is None:
+            return Changes(inside, differences)
+        row_words = ROW_BYTES // differences.itemsize
+        return Changes(self.rows[inside // row_words] * row_words + inside % row_words, differences)
+
+    def num_changed(self, starts: list[int]) -> list[int]:
+        """How many words changed in each piece of the run that begins at one of these words."""
+        if len(starts) == 1:
+            return [int(np.count_nonzero(self.differences))]
+        return np.diff(np.searchsorted(self.changes().positions, [*starts, self.num_words])).tolist()
+
+    def encode(self) -> bytes:
+        """The block as bytes; none where nothing changed."""
+        if self.rows is not None and not self.rows.size:
+            return b""
+        changed = self.differences != 0
+        if self.rows is None and _mostly_floats(self.differences):
+            return _HEAD.pack(_PLANES, 0) + pack(planes(zigzag(self.differences)))
+        codes = zigzag(np.take(self.differences, indices(changed)))
+        codes -= 1
+        streams = [np.packbits(changed), *symbols(codes, NIBBLE)]
+        if self.rows is None:
+            return _HEAD.pack(_ALL_ROWS, 0) + pack(streams)
+        escape = NIBBLE if self.rows.size * ROW_BYTES > _NIBBLES_FROM * self.num_words * codes.itemsize else BYTE
+        return _HEAD.pack(escape, self.rows.size) + pack([*symbols(gaps(self.rows), escape), *streams])
+
+    @classmethod
+    def decode(cls, data: memoryview, word: Word, num_words: int) -> Self:
+        """The block that `encode` made bytes of.
+
+        Raises:
+            ValueError: The bytes are not of a block of this size.
+        """
+        if not data:
+            return cls(num_words, np.empty(0, np.int64), np.empty(0, word))
+        if len(data) < _HEAD.size:
+            raise ValueError(f"found {len(data)} bytes, expected a block")
+        mode, num_rows = _HEAD.unpack_from(data)
+        streams = unpack(data[_HEAD.size :])
+        if mode == _PLANES:
+            return cls(num_words, None, read_zigzag(_of_size(num_words, read_planes(streams, word))))
+        if mode == _ALL_ROWS:
+            return cls(num_words, None, _read_differences(streams, word, num_words))
+        coded, streams = streams[:_GAP_STREAMS], streams[_GAP_STREAMS:]
+        rows, row_words = read_gaps(read_symbols(coded, mode, _GAPS, num_rows)), ROW_BYTES // word.itemsize
+        if not rows.size or rows[-1] * row_words >= num_words:
+            raise ValueError(f"found changes in {rows.size} rows, expected some, within {num_words} words")
+        return cls(num_words, rows, _read_differences(streams, word, num_rows * row_words))
 
 
-def encode_block(changes: Changes, num_words: int) -> bytes:
-    """The changes as bytes; none for none."""
-    positions, differences = changes
-    if not positions.size:
-        return b""
-    if positions.size < _BITMAP_SHARE * num_words:
-        mode, streams = _GAPS, [_gap_bytes(positions)]
-    else:
-        mode, streams = _BITMAP, [_bitmap(positions, num_words)]
-    streams += _difference_streams(differences)
-    return b"".join([_HEAD.pack(mode, positions.size), *map(_packed, streams)])
+def _mostly_floats(differences: Words) -> bool:
+    """Whether these are float32 of which most changed: their differences are spread too far for few bits each."""
+    return differences.itemsize == 4 and int(np.count_nonzero(differences)) > _PLANES_FROM * differences.size
 
 
-def decode_block(data: memoryview, dtype: Word, num_words: int) -> Changes:
-    """What `encode_block` made bytes of.
+def _rows(words: Words) -> NDArray[np.uint64]:
+    """The words as rows: a view of them, or a copy with zeros behind them where they make no whole or aligned rows."""
+    if words.nbytes % ROW_BYTES == 0 and (rows := words.view(np.uint64)).flags.aligned:
+        return rows
+    copy = np.zeros(-(-words.nbytes // ROW_BYTES), np.uint64)
+    copy.view(words.dtype)[: words.size] = words
+    return copy
+
+
+def _read_differences(streams: list[Bytes], word: Word, num_words: int) -> Words:
+    bits, *coded = streams
+    inside = indices(np.unpackbits(bits, count=num_words).view(np.bool_))
+    codes = read_symbols(coded, NIBBLE, word, inside.size)
+    codes += 1
+    differences = np.zeros(num_words, word)
+    differences[inside] = read_zigzag(codes)
+    return differences
+
+
+def _of_size(num_words: int, words: Words) -> Words:
+    """The words, as many as they have to be.
 
     Raises:
-        WeightsError: The bytes are not of a block of this size.
+        ValueError: They are not.
     """
-    if not data:
-        return Changes(np.empty(0, np.int64), np.empty(0, dtype))
-    try:
-        mode, num_changed = _HEAD.unpack_from(data)
-        streams = _unpacked(data[_HEAD.size :])
-        positions = _read_gaps(streams[0]) if mode == _GAPS else np.flatnonzero(np.unpackbits(streams[0]))
-        differences = _read_differences(streams[1:], dtype, num_changed)
-    except (struct.error, OSError, IndexError, ValueError) as error:
-        raise WeightsError(f"found a malformed block of {len(data)} bytes: {error}") from error
-    if positions.size != num_changed or differences.size != num_changed or int(positions[-1]) >= num_words:
-        raise WeightsError(f"found {positions.size} positions, expected {num_changed} below {num_words}")
-    return Changes(positions, differences)
-
-
-def _gap_bytes(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
-    gaps = np.diff(positions, prepend=-1) - 1
-    ends = np.cumsum(gaps // 255 + 1)
-    coded = np.full(ends[-1], 255, np.uint8)
-    coded[ends - 1] = gaps % 255
-    return coded
-
-
-def _read_gaps(coded: NDArray[np.uint8]) -> NDArray[np.int64]:
-    ends = np.flatnonzero(coded != 255)
-    return np.cumsum(coded, dtype=np.int64)[ends] + np.arange(ends.size)
-
-
-def _bitmap(positions: NDArray[np.int64], num_words: int) -> NDArray[np.uint8]:
-    changed = np.zeros(num_words, np.bool_)
-    changed[positions] = True
-    return np.packbits(changed)
-
-
-def _difference_streams(differences: Words) -> list[NDArray[np.uint8]]:
-    size = differences.itemsize
-    signs = (differences.view(f"<i{size}") >> (8 * size - 1)).view(differences.dtype)
-    codes = ((differences << 1) ^ signs) - 1
-    nibbles = np.zeros(codes.size + codes.size % 2, np.uint8)
-    np.minimum(codes, _ESCAPE, out=nibbles[: codes.size], casting="unsafe")
-    rest = codes[codes >= _ESCAPE] - _ESCAPE
-    planes = rest.view(np.uint8).reshape(-1, size)
-    return [np.bitwise_or(nibbles[::2], nibbles[1::2] << 4, dtype=np.uint8), *(planes[:, i] for i in range(size))]
-
-
-def _read_differences(streams: list[NDArray[np.uint8]], dtype: Word, num_changed: int) -> Words:
-    packed, *planes = streams
-    nibbles = np.empty((packed.size, 2), np.uint8)
-    np.bitwise_and(packed, 15, out=nibbles[:, 0])
-    np.right_shift(packed, 4, out=nibbles[:, 1])
-    codes = nibbles.reshape(-1)[:num_changed].astype(dtype)
-    rest = np.stack(planes, axis=1).reshape(-1).view(dtype)
-    codes[codes == _ESCAPE] += rest
-    codes += 1
-    return (codes >> 1) ^ (-(codes & 1).astype(dtype))
-
-
-def _packed(stream: NDArray[np.uint8]) -> bytes:
-    raw = stream.tobytes()
-    coded = _ZSTD.compress(raw, asbytes=True) if raw else raw
-    coded = coded if len(coded) < len(raw) else raw
-    return _STREAM.pack(len(raw), len(coded)) + coded
-
-
-def _unpacked(data: memoryview) -> list[NDArray[np.uint8]]:
-    streams: list[NDArray[np.uint8]] = []
-    while data:
-        size, coded_size = _STREAM.unpack_from(data)
-        coded, data = data[_STREAM.size : _STREAM.size + coded_size], data[_STREAM.size + coded_size :]
-        raw = coded if size == coded_size else _ZSTD.decompress(coded, size)
-        streams.append(np.frombuffer(raw, np.uint8))
-    return streams
+    if words.size != num_words:
+        raise ValueError(f"found {words.size} words, expected {num_words}")
+    return words

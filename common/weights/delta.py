@@ -22,8 +22,8 @@ import xxhash
 from common.errors import WeightsError
 from common.files import whole_file
 from common.versions import Version
-from common.weights.blocks import Changes, decode_block, encode_block, find_changes
-from common.weights.parts import GROUP_BYTES, WORDS, Part, TensorEntry, Word, check_sums, groups, part_sums
+from common.weights.blocks import Block, Changes
+from common.weights.parts import GROUP_BYTES, WORDS, Part, TensorEntry, Word, Words, check_sums, groups, part_sums
 from common.weights.work import in_order
 
 _PREFIX = struct.Struct("<8sIQQQ")
@@ -59,7 +59,7 @@ class _Head(msgspec.Struct, frozen=True, array_like=True):
     block_sums: list[int]
 
 
-class _Block(NamedTuple):
+class _Span(NamedTuple):
     """A run of words that is coded together: between two bytes of the data, with the tensors that lie in it."""
 
     start: int
@@ -71,16 +71,17 @@ class _Block(NamedTuple):
         """Of its tensors."""
         return WORDS[self.entries[0].dtype]
 
-    @property
-    def num_words(self) -> int:
-        """In it."""
-        return (self.end - self.start) // self.word.itemsize
+    def words(self, part: Part) -> Words:
+        """Of a part that has its tensors."""
+        return part.span(self.entries[0].dtype, self.start, self.end)
 
 
 def encode_delta(
     base: Part, new: Part, target: Path, *, base_version: Version, version: Version, num_threads: int = 1
 ) -> DeltaReport:
     """Writes what changed from `base` to `new`, whole or not at all.
+
+    Beside the mapped parts, each thread holds at most 12 times `GROUP_BYTES`, 48 MiB.
 
     Raises:
         WeightsError: The parts do not have the same tensors.
@@ -89,25 +90,23 @@ def encode_delta(
     if base.entries != new.entries:
         raise WeightsError(f"{new.path}: version {version}: found other tensors than {base.path} of {base_version} has")
 
-    def encode(block: _Block) -> tuple[bytes, list[int]]:
-        dtype = block.entries[0].dtype
-        changes = find_changes(base.span(dtype, block.start, block.end), new.span(dtype, block.start, block.end))
-        starts = [(max(e.start, block.start) - block.start) // block.word.itemsize for e in block.entries]
-        counts = np.diff(np.searchsorted(changes.positions, [*starts, block.num_words]))
-        return encode_block(changes, block.num_words), counts.tolist()
+    def encode(span: _Span) -> tuple[bytes, list[int]]:
+        block = Block.between(span.words(base), span.words(new))
+        starts = [(max(e.start, span.start) - span.start) // span.word.itemsize for e in span.entries]
+        return block.encode(), block.num_changed(starts)
 
     entries = list(new.entries.values())
-    blocks = _blocks(entries)
+    spans = _spans(entries)
     num_changed = dict.fromkeys(new.entries, 0)
     sizes: list[int] = []
     sums: list[int] = []
     with whole_file(target) as file:
         file.write(bytes(_PREFIX.size))
-        for block, (data, counts) in zip(blocks, in_order(encode, blocks, num_threads), strict=True):
+        for span, (data, counts) in zip(spans, in_order(encode, spans, num_threads), strict=True):
             file.write(data)
             sizes.append(len(data))
             sums.append(xxhash.xxh3_64_intdigest(data))
-            for entry, count in zip(block.entries, counts, strict=True):
+            for entry, count in zip(span.entries, counts, strict=True):
                 num_changed[entry.name] += count
         results = part_sums(new, num_threads=num_threads)
         head = _Head(base_version, version, entries, list(results.values()), list(num_changed.values()), sizes, sums)
@@ -135,12 +134,17 @@ class Delta:
         self.sums = {entry.name: value for entry, value in zip(head.entries, head.sums, strict=True)}
         self.num_changed = {e.name: count for e, count in zip(head.entries, head.num_changed, strict=True)}
         self.names = [name for name, count in self.num_changed.items() if count]
-        self.blocks = _blocks(head.entries)
+        self._spans = _spans(head.entries)
         self._sizes, self._sums = head.block_sizes, head.block_sums
         self._offsets = list(accumulate(head.block_sizes, initial=_PREFIX.size))
-        self._starts = [block.start for block in self.blocks]
+        self._starts = [span.start for span in self._spans]
         self._data = data
         self._last = (-1, Changes(np.empty(0, np.int64), np.empty(0, np.uint16)))
+
+    @property
+    def num_blocks(self) -> int:
+        """How many there are to patch."""
+        return len(self._spans)
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -170,36 +174,41 @@ class Delta:
         item = WORDS[entry.dtype].itemsize
         found: list[Changes] = []
         first = max(0, bisect_right(self._starts, entry.start) - 1)
-        for index in range(first, len(self.blocks)):
-            block = self.blocks[index]
-            if block.start >= entry.end:
+        for index in range(first, len(self._spans)):
+            span = self._spans[index]
+            if span.start >= entry.end:
                 break
-            positions, differences = self._cached(index)
-            low, high = ((edge - block.start) // item for edge in (entry.start, entry.end))
+            positions, differences = self._changes(index)
+            low, high = ((edge - span.start) // item for edge in (entry.start, entry.end))
             inside = slice(*np.searchsorted(positions, [low, high]))
             found.append(Changes(positions[inside] - low, differences[inside]))
         if not found:
             return Changes(np.empty(0, np.int64), np.empty(0, WORDS[entry.dtype]))
         return Changes(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
 
-    def block_changes(self, index: int) -> Changes:
-        """The changes of a block, checked.
+    def patch(self, part: Part, index: int) -> None:
+        """Makes the new words of one block in place; different blocks may be patched by different threads.
 
         Raises:
             WeightsError: The file is damaged.
         """
-        block = self.blocks[index]
-        data = self._data[self._offsets[index] : self._offsets[index + 1]]
-        if xxhash.xxh3_64_intdigest(data) != self._sums[index]:
-            raise WeightsError(
-                f"{self.path}: version {self.version}: tensor {block.entries[0].name}: found a damaged block"
-            )
-        return decode_block(data, block.word, block.num_words)
+        self._block(index).add_to(self._spans[index].words(part))
 
-    def _cached(self, index: int) -> Changes:
+    def _block(self, index: int) -> Block:
+        span = self._spans[index]
+        data = self._data[self._offsets[index] : self._offsets[index + 1]]
+        at = f"{self.path}: version {self.version}: tensor {span.entries[0].name}"
+        if (found := xxhash.xxh3_64_intdigest(data)) != self._sums[index]:
+            raise WeightsError(f"{at}: found a block of checksum {found:016x}, expected {self._sums[index]:016x}")
+        try:
+            return Block.decode(data, span.word, (span.end - span.start) // span.word.itemsize)
+        except ValueError as error:
+            raise WeightsError(f"{at}: found a malformed block: {error}") from error
+
+    def _changes(self, index: int) -> Changes:
         kept, changes = self._last
         if kept != index:
-            changes = self.block_changes(index)
+            changes = self._block(index).changes()
             self._last = (index, changes)
         return changes
 
@@ -215,20 +224,15 @@ def apply_delta(part: Part, delta: Delta, *, num_threads: int = 1) -> None:
     if part.entries != delta.entries:
         raise WeightsError(f"{part.path}: version {delta.version}: found other tensors than {delta.path} has")
 
-    def patch(index: int) -> None:
-        block = delta.blocks[index]
-        positions, differences = delta.block_changes(index)
-        part.span(block.entries[0].dtype, block.start, block.end)[positions] += differences
-
-    for _ in in_order(patch, range(len(delta.blocks)), num_threads):
+    for _ in in_order(lambda index: delta.patch(part, index), range(delta.num_blocks), num_threads):
         pass
     check_sums(part, delta.sums, delta.version, num_threads=num_threads)
 
 
-def _blocks(entries: list[TensorEntry]) -> list[_Block]:
+def _spans(entries: list[TensorEntry]) -> list[_Span]:
     """Groups of whole tensors, and pieces of those that are larger."""
     return [
-        _Block(start, min(start + GROUP_BYTES, group[-1].end), group)
+        _Span(start, min(start + GROUP_BYTES, group[-1].end), group)
         for group in groups(entries)
         for start in range(group[0].start, group[-1].end, GROUP_BYTES)
     ]
@@ -257,4 +261,6 @@ def _read_head(path: Path, data: memoryview) -> _Head:
         raise WeightsError(f"{path}: found a malformed head, expected a delta: {error}") from error
     if _PREFIX.size + sum(head.block_sizes) != offset:
         raise WeightsError(f"{path}: found blocks of {sum(head.block_sizes)} bytes, expected {offset - _PREFIX.size}")
+    if not len(head.block_sizes) == len(head.block_sums) == len(_spans(head.entries)):
+        raise WeightsError(f"{path}: found {len(head.block_sizes)} blocks, expected {len(_spans(head.entries))}")
     return head

@@ -1,11 +1,12 @@
 """A part: the tensors that one learner rank hands out of a version, as one safetensors file, and their checksums."""
 
 import json
+import math
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 import numpy as np
@@ -21,7 +22,7 @@ DType = Literal["BF16", "F32"]
 Words = NDArray[Any]  # uint16 or uint32: the bits of bfloat16 or float32
 Word = np.dtype[Any]
 WORDS: dict[DType, Word] = {"BF16": np.dtype("<u2"), "F32": np.dtype("<u4")}
-GROUP_BYTES = 4 << 20
+GROUP_BYTES = 4 << 20  # part of the delta's format
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -47,7 +48,7 @@ class _Described(msgspec.Struct):
     """A tensor in a safetensors header."""
 
     dtype: DType
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
     data_offsets: tuple[int, int]
 
 
@@ -124,7 +125,7 @@ def part_header(tensors: Sequence[tuple[str, DType, tuple[int, ...]]]) -> tuple[
     entries: list[TensorEntry] = []
     at = 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: tensor[1] != "F32"):
-        end = at + int(np.prod(shape, dtype=np.int64)) * WORDS[dtype].itemsize
+        end = at + math.prod(shape) * WORDS[dtype].itemsize
         entries.append(TensorEntry(name, dtype, tuple(shape), at, end))
         at = end
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -219,7 +220,7 @@ def _read_header(path: Path, text: bytes, size_bytes: int) -> dict[str, TensorEn
     entries: dict[str, TensorEntry] = {}
     at = 0
     for name, tensor in sorted(described.items(), key=lambda item: item[1].data_offsets):
-        end = at + int(np.prod(tensor.shape, dtype=object)) * WORDS[tensor.dtype].itemsize
+        end = at + math.prod(tensor.shape) * WORDS[tensor.dtype].itemsize
         if tensor.data_offsets != (at, end):
             raise WeightsError(f"{path}: tensor {name}: found bytes {tensor.data_offsets}, expected {(at, end)}")
         entries[name] = TensorEntry(name, tensor.dtype, tensor.shape, at, end)
