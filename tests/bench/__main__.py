@@ -8,7 +8,18 @@ from pathlib import Path
 
 from tests.bench.report import Figure, page, table
 
-BENCHMARKS = ("wire", "ledger", "packing", "logprobs", "memory", "learner", "routing", "saving", "local")
+BENCHMARKS = (
+    "wire",
+    "ledger",
+    "packing",
+    "logprobs",
+    "memory",
+    "learner",
+    "routing",
+    "saving",
+    "weights.codec",
+    "local",
+)
 
 
 def main() -> None:
