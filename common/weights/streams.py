@@ -41,7 +41,12 @@ def read_symbols(streams: list[Bytes], escape: int, word: Word, num_codes: int) 
     codes = (_read_nibbles(low) if escape == NIBBLE else low)[:num_codes].astype(word)
     if codes.size != num_codes:
         raise ValueError(f"found {codes.size} codes, expected {num_codes}")
-    codes[indices(codes == escape)] += read_planes(above, word)
+    rest = read_planes(above, word)
+    escaped = indices(codes == escape)
+    if rest.size != escaped.size:
+        raise ValueError(f"found {rest.size} codes above {escape}, expected {escaped.size}")
+    rest += escape
+    codes[escaped] = rest
     return codes
 
 
@@ -99,7 +104,9 @@ def read_planes(each: list[Bytes], word: Word) -> Words:
     """The words of which these are the planes."""
     words = each[0].astype(word)
     for number, plane in enumerate(each[1:], 1):
-        words |= plane.astype(word) << (8 * number)
+        higher = plane.astype(word)
+        higher <<= 8 * number
+        words |= higher
     return words
 
 
@@ -136,10 +143,14 @@ def unpack(data: memoryview) -> list[Bytes]:
 
 def _nibbles(codes: Bytes) -> Bytes:
     packed, high = codes[: -(-codes.size // 2)].copy(), codes[-(-codes.size // 2) :]
-    packed[: high.size] |= np.left_shift(high, 4, dtype=np.uint8)
+    high = high << 4
+    packed[: high.size] |= high.view(np.uint8)
     return packed
 
 
 def _read_nibbles(packed: Bytes) -> Bytes:
     """The codes, and a 0 behind an odd number of them."""
-    return np.concatenate([packed & 15, packed >> 4])
+    codes = np.empty(2 * packed.size, np.uint8)
+    np.bitwise_and(packed, 15, out=codes[: packed.size])
+    np.right_shift(packed, 4, out=codes[packed.size :])
+    return codes
