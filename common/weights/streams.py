@@ -17,9 +17,10 @@ _ZSTD = pa.Codec("zstd", compression_level=1)
 
 
 def symbols(codes: Words, escape: int) -> list[Bytes]:
-    """Codes, most of them small, as streams: each in a byte, or two to a byte where `escape` is `NIBBLE`.
+    """Codes, most of them small, as streams: each in a byte, or, where `escape` is `NIBBLE`, two to a byte.
 
-    The escape stands for itself and more; what is above it follows in planes.
+    Two are one of the first half and one of the second. The escape stands for itself and more; what is above it follows
+    in planes.
     """
     more = codes >= escape
     rest = np.take(codes, indices(more))
@@ -40,7 +41,12 @@ def read_symbols(streams: list[Bytes], escape: int, word: Word, num_codes: int) 
     codes = (_read_nibbles(low) if escape == NIBBLE else low)[:num_codes].astype(word)
     if codes.size != num_codes:
         raise ValueError(f"found {codes.size} codes, expected {num_codes}")
-    codes[indices(codes == escape)] += read_planes(above, word)
+    rest = read_planes(above, word)
+    escaped = indices(codes == escape)
+    if rest.size != escaped.size:
+        raise ValueError(f"found {rest.size} codes above {escape}, expected {escaped.size}")
+    rest += escape
+    codes[escaped] = rest
     return codes
 
 
@@ -90,22 +96,27 @@ def read_zigzag(codes: Words) -> Words:
 
 
 def planes(words: Words) -> list[Bytes]:
-    """The first bytes of all words, the second bytes of all, and so on."""
-    return list(words.view(np.uint8).reshape(-1, words.itemsize).T)
+    """The lowest bytes of all words, the second lowest of all, and so on."""
+    return [(words >> shift).astype(np.uint8) for shift in range(0, 8 * words.itemsize, 8)]
 
 
-def read_planes(each: Iterable[Bytes], word: Word) -> Words:
+def read_planes(each: list[Bytes], word: Word) -> Words:
     """The words of which these are the planes."""
-    return np.stack(list(each), axis=1).reshape(-1).view(word)
+    words = each[0].astype(word)
+    for number, plane in enumerate(each[1:], 1):
+        higher = plane.astype(word)
+        higher <<= 8 * number
+        words |= higher
+    return words
 
 
 def pack(streams: Iterable[Bytes]) -> bytes:
     """All of them behind each other, each compressed where that makes it smaller."""
     packed: list[bytes] = []
     for stream in streams:
-        raw = stream.tobytes()
-        coded = _ZSTD.compress(raw, asbytes=True) if raw else raw
-        coded = coded if len(coded) < len(raw) else raw
+        raw = stream.data
+        coded = _ZSTD.compress(raw, asbytes=True) if raw else b""
+        coded = coded if len(coded) < len(raw) else stream.tobytes()
         packed += [_SIZES.pack(len(raw), len(coded)), coded]
     return b"".join(packed)
 
@@ -131,14 +142,15 @@ def unpack(data: memoryview) -> list[Bytes]:
 
 
 def _nibbles(codes: Bytes) -> Bytes:
-    if codes.size % 2:
-        codes = np.append(codes, np.uint8(0))
-    pairs = codes.view("<u2")
-    return (pairs | (pairs >> 4)).astype(np.uint8)
+    packed, high = codes[: -(-codes.size // 2)].copy(), codes[-(-codes.size // 2) :]
+    high = high << 4
+    packed[: high.size] |= high.view(np.uint8)
+    return packed
 
 
 def _read_nibbles(packed: Bytes) -> Bytes:
-    pairs = packed.astype("<u2")
-    pairs |= pairs << 4
-    pairs &= 0x0F0F
-    return pairs.view(np.uint8)
+    """The codes, and a 0 behind an odd number of them."""
+    codes = np.empty(2 * packed.size, np.uint8)
+    np.bitwise_and(packed, 15, out=codes[: packed.size])
+    np.right_shift(packed, 4, out=codes[packed.size :])
+    return codes

@@ -90,10 +90,10 @@ def measure() -> Iterator[Measured]:
                 new = model.write(at / "new", SHAPES, updates, lr, "BF16")
                 yield _measure(f"{updates} update{'s' * (updates > 1)} at {lr:.0e}", base, new)
         for name, shapes, dtype in (
-            ("1 update at 1e-6, 20,000 tensors of 4 KiB", _SMALL, "BF16"),
-            ("1 update at 1e-6, float32", _FLOATS, "F32"),
+            ("4 updates at 1e-6, 20,000 tensors of 4 KiB", _SMALL, "BF16"),
+            ("4 updates at 1e-6, float32", _FLOATS, "F32"),
         ):
-            base, new = (model.write(at / w, shapes, n, 1e-6, dtype) for w, n in (("base", 0), ("new", 1)))
+            base, new = (model.write(at / w, shapes, n, 1e-6, dtype) for w, n in (("base", 0), ("new", 4)))
             yield _measure(name, base, new)
         yield from _tiny(at)
 
