@@ -11,7 +11,7 @@
     ├── SilenceError                a peer that no longer answers
     ├── DeadlineError               a wait that took too long, with what it waited for
     ├── RefusedError                a peer's refusal, with its reason
-    ├── WeightsError                    weights that are not what was published
+    ├── WeightsError                weights that are not what was published
     ├── GateError                   generator and learner disagree on logprobs; exit code 4
     └── StallError                  a run that cannot go on, with what it waits for; exit code 3
 

@@ -16,7 +16,6 @@ from typing import NamedTuple, Self
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 import xxhash
 
 from common.errors import WeightsError
@@ -24,11 +23,11 @@ from common.files import whole_file
 from common.versions import Version
 from common.weights.blocks import Block, Changes
 from common.weights.parts import GROUP_BYTES, WORDS, Part, TensorEntry, Word, Words, check_sums, groups, part_sums
+from common.weights.streams import pack, unpack
 from common.weights.work import in_order
 
 _PREFIX = struct.Struct("<8sIQQQ")
 _MAGIC, _FORMAT = b"sluice-d", 1
-_ZSTD = pa.Codec("zstd", compression_level=1)
 
 
 class DeltaReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +109,7 @@ def encode_delta(
                 num_changed[entry.name] += count
         results = part_sums(new, num_threads=num_threads)
         head = _Head(base_version, version, entries, list(results.values()), list(num_changed.values()), sizes, sums)
-        offset, coded = file.tell(), _pack_head(head)
+        offset, coded = file.tell(), pack([np.frombuffer(msgspec.msgpack.encode(head), np.uint8)])
         file.write(coded)
         size_bytes = file.tell()
         file.seek(0)
@@ -238,11 +237,6 @@ def _spans(entries: list[TensorEntry]) -> list[_Span]:
     ]
 
 
-def _pack_head(head: _Head) -> bytes:
-    raw = msgspec.msgpack.encode(head)
-    return len(raw).to_bytes(8, "little") + _ZSTD.compress(raw, asbytes=True)
-
-
 def _read_head(path: Path, data: memoryview) -> _Head:
     if len(data) < _PREFIX.size or bytes(data[:8]) != _MAGIC:
         raise WeightsError(f"{path}: found {bytes(data[:8])!r} at its head, expected a delta")
@@ -252,12 +246,12 @@ def _read_head(path: Path, data: memoryview) -> _Head:
     if offset + size != len(data):
         raise WeightsError(f"{path}: found {len(data)} bytes, expected {offset + size}: the delta is truncated")
     coded = data[offset:]
-    if size < 8 or xxhash.xxh3_64_intdigest(coded) != digest:
+    if xxhash.xxh3_64_intdigest(coded) != digest:
         raise WeightsError(f"{path}: found a damaged head, expected checksum {digest:016x}")
     try:
-        raw = _ZSTD.decompress(coded[8:], int.from_bytes(coded[:8], "little"), asbytes=True)
-        head = msgspec.msgpack.decode(raw, type=_Head)
-    except (OSError, ValueError, msgspec.DecodeError) as error:
+        (raw,) = unpack(coded)
+        head = msgspec.msgpack.decode(raw.data, type=_Head)
+    except (ValueError, msgspec.DecodeError) as error:
         raise WeightsError(f"{path}: found a malformed head, expected a delta: {error}") from error
     if _PREFIX.size + sum(head.block_sizes) != offset:
         raise WeightsError(f"{path}: found blocks of {sum(head.block_sizes)} bytes, expected {offset - _PREFIX.size}")

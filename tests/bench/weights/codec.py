@@ -1,11 +1,10 @@
-"""`python -m tests.bench.weights.codec`: deltas between versions of a model, their size, and how fast they are made.
+"""`python -m tests.bench weights.codec`: deltas between versions of a model, their size, and how fast they are made.
 
 GB/s are of the full tensors. Encoding includes the checksums of all tensors, applying includes checking them. Each is
 the best of some times; parts and deltas are in memory-backed files.
 """
 
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ from tests.bench.weights.synthetic import SHAPES, Model, bfloat16
 
 UPDATES, RATES = (1, 4, 8), (1e-6, 1e-5)
 REPEATS = 3
-PEERS = "NeMo-RL 1.06 % of full at 0.33 GB/s, slime 1.7 % at 0.41 GB/s (one update at 1e-6, 1.2 % change)"
+PEERS = "NeMo-RL 1.06 % of full at 0.33 GB/s, slime 1.7 % at 0.41 GB/s (1.2 % change)"
+_PEERS_NAME = "1 update at 1e-06"
 _SMALL = {f"small.{i}": (2, 1024) for i in range(20_000)}
 _FLOATS = {f"layer.{i}": (4096, 4096) for i in range(4)}
 _BASE, _NEW = Version(0, 0), Version(0, 1)
@@ -35,7 +35,6 @@ class Measured:
 
     Attributes:
         name: What it is between.
-        full_bytes: Of the part.
         changed: Share of its elements.
         share: Bytes of the delta, of the part's.
         bound: Entropy of positions (in each tensor) and of differences (of all), of the part's bytes.
@@ -44,7 +43,6 @@ class Measured:
     """
 
     name: str
-    full_bytes: int
     changed: float
     share: float
     bound: float
@@ -58,7 +56,7 @@ def run() -> list[Figure]:
     for m in measure():
         figures += [
             Figure(f"{m.name}: elements that change", 100 * m.changed, "%"),
-            Figure(f"{m.name}: bytes of the delta", 100 * m.share, "% of full", PEERS),
+            Figure(f"{m.name}: bytes of the delta", 100 * m.share, "% of full", PEERS if m.name == _PEERS_NAME else ""),
             Figure(f"{m.name}: of the entropy of positions and values", m.share / m.bound, "x"),
         ]
         for what, rates in (("encode", m.encode), ("decode", m.decode)):
@@ -66,17 +64,6 @@ def run() -> list[Figure]:
                 Figure(f"{m.name}: {what}, {n} thread{'s' * (n > 1)}", r / 1e9, "GB/s") for n, r in rates.items()
             ]
     return figures
-
-
-def page_table(measured: list[Measured]) -> str:
-    """A Markdown table for docs/weights.md, a row for each delta."""
-    rows = [
-        f"| {m.name} | {m.full_bytes / 2**20:.4g} MiB | {100 * m.changed:.2f} % | {100 * m.share:.2f} % "
-        f"| {m.share / m.bound:.3f} | {_rates(m.encode)} | {_rates(m.decode)} |"
-        for m in measured
-    ]
-    head = "| delta | full | changed | bytes, of full | of the bound | encode, GB/s | decode, GB/s |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows, ""])
 
 
 def measure() -> Iterator[Measured]:
@@ -115,9 +102,7 @@ def _measure(name: str, base: Part, new: Part) -> Measured:
             seconds.append((encoded, time.perf_counter() - began))
         encode[num_threads], decode[num_threads] = (full_bytes / min(times) for times in zip(*seconds, strict=True))
     changed = report.num_changed / report.num_elements
-    return Measured(
-        name, full_bytes, changed, report.size_bytes / full_bytes, _bound(base, new) / full_bytes, encode, decode
-    )
+    return Measured(name, changed, report.size_bytes / full_bytes, _bound(base, new) / full_bytes, encode, decode)
 
 
 def _bound(base: Part, new: Part) -> float:
@@ -182,11 +167,3 @@ def _write(path: Path, tensors: dict[str, NDArray[np.float32]], dtype: DType) ->
     words = {n: bfloat16(values) if dtype == "BF16" else values.view(WORDS["F32"]) for n, values in flat.items()}
     path.write_bytes(header + b"".join(words[entry.name].tobytes() for entry in entries))
     return Part.open(path)
-
-
-def _rates(rates: dict[int, float]) -> str:
-    return ", ".join(f"{rate / 1e9:.2f}" for rate in rates.values())
-
-
-if __name__ == "__main__":
-    sys.stdout.write(page_table(list(measure())))
