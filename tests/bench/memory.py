@@ -1,4 +1,8 @@
-"""What an update of a small model holds in memory, beside the estimate that the dry run prints."""
+"""What an update of a small model holds in memory, beside the estimate that the dry run prints.
+
+Bytes of living tensors are the same on every machine, and tests hold the estimate to them. Resident memory depends on
+the processor's kernels, and is a figure of the benchmark alone.
+"""
 
 import gc
 import json
@@ -11,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.bench.report import Figure
+from tests.live_bytes import live_bytes
 
 KINDS = ("qwen2", "qwen3", "qwen3-moe")
 RECOMPUTE = ("none", "selective", "full")
@@ -55,8 +60,8 @@ ON_TWO = {
 }
 
 
-class Measured(NamedTuple):
-    """Bytes beside what is estimated: of what stays, of a checkpoint's copy, of the peak above them in an update."""
+class Held(NamedTuple):
+    """Bytes of what stays, of a checkpoint's copy, and of the peak above them in an update."""
 
     weights: int
     gradients: int
@@ -65,47 +70,64 @@ class Measured(NamedTuple):
     peak: int
 
 
+class Rank(NamedTuple):
+    """What a rank holds as its tensors tell and as the estimate says; its peak as the kernel tells, where asked for."""
+
+    measured: Held
+    estimated: Held
+    resident_peak: int
+
+
 def run() -> list[Figure]:
     """Each kind of model with each choice of recompute on one rank, then divisions over two."""
     figures: list[Figure] = []
     for num_ranks, jobs in ((1, ALONE), (2, ON_TWO)):
         with tempfile.TemporaryDirectory() as directory:
-            found = measure(Path(directory), jobs, num_ranks)
+            found = measure(Path(directory), jobs, num_ranks, resident=True)
         for name, ranks in found.items():
-            held, estimate = sum(m.peak for m, _ in ranks), sum(e.peak for _, e in ranks)
-            beside = f"estimate {estimate / MIB:.1f} MiB, {estimate / held:.3f} of it"
-            of = f"{num_ranks} rank{'s together' * (num_ranks > 1)}"
-            figures.append(Figure(f"{name}: activations and logits at their peak, {of}", held / MIB, "MiB", beside))
+            living, estimate = total_peak(ranks)
+            beside = (
+                f"living tensors {living / MIB:.1f} MiB, estimate {estimate / MIB:.1f} MiB: {estimate / living:.3f}"
+            )
+            of = f"{num_ranks} rank{'s together' * (num_ranks > 1)}, resident"
+            resident = sum(rank.resident_peak for rank in ranks)
+            figures.append(Figure(f"{name}: activations and logits at their peak, {of}", resident / MIB, "MiB", beside))
     return figures
 
 
-def measure(directory: Path, jobs: dict[str, Job], num_ranks: int) -> dict[str, list[tuple[Measured, Measured]]]:
+def total_peak(ranks: list[Rank]) -> tuple[int, int]:
+    """The peaks of ranks together, as measured and as estimated."""
+    return sum(rank.measured.peak for rank in ranks), sum(rank.estimated.peak for rank in ranks)
+
+
+def measure(directory: Path, jobs: dict[str, Job], num_ranks: int, *, resident: bool = False) -> dict[str, list[Rank]]:
     """What is measured and what is estimated for each rank of each job, over gloo; the directory gets the models.
 
-    The processes are new ones in which each larger block of memory goes back to the kernel when it is freed, so that
-    resident memory is what lives.
+    The processes are new ones. Where resident memory is asked for, each larger block of it goes back to the kernel when
+    it is freed, so that it is what lives.
     """
     import torch.multiprocessing as processes
 
     for name, job in jobs.items():
         _build(directory / name, job)
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 16))
-        environment.setenv("MALLOC_TRIM_THRESHOLD_", str(1 << 16))
+        if resident:
+            environment.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 16))
+            environment.setenv("MALLOC_TRIM_THRESHOLD_", str(1 << 16))
         environment.setenv("GLOO_SOCKET_IFNAME", "lo")
-        processes.spawn(_rank, args=(num_ranks, directory, jobs), nprocs=num_ranks)
+        processes.spawn(_rank, args=(num_ranks, directory, jobs, resident), nprocs=num_ranks)
     found = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(num_ranks)]
-    return {name: [(Measured(*rank[name][0]), Measured(*rank[name][1])) for rank in found] for name in jobs}
+    return {name: [Rank(Held(*of[name][0]), Held(*of[name][1]), of[name][2]) for of in found] for name in jobs}
 
 
-def _rank(rank: int, num_ranks: int, directory: Path, jobs: dict[str, Job]) -> None:
+def _rank(rank: int, num_ranks: int, directory: Path, jobs: dict[str, Job], resident: bool) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=num_ranks)
-    beside = {name: _beside(directory / name, job) for name, job in jobs.items()}
-    (directory / f"{rank}.json").write_text(json.dumps(beside))
+    found = {name: _update(directory / name, job, resident) for name, job in jobs.items()}
+    (directory / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
@@ -119,8 +141,8 @@ def _build(directory: Path, job: Job) -> None:
     tiny.build(directory, job.kind, dtype=getattr(torch, job.dtype), **sizes)
 
 
-def _beside(directory: Path, job: Job) -> tuple[Measured, Measured]:
-    """What an update of this rank holds after the first, and what is estimated for it."""
+def _update(directory: Path, job: Job, resident: bool) -> Rank:
+    """What updates of this rank hold, and what is estimated for it."""
     from common.shape import read_shape
     from launch.estimate import rank_memory
     from learner.megatron.policy import Policy
@@ -136,16 +158,22 @@ def _beside(directory: Path, job: Job) -> tuple[Measured, Measured]:
         sampling={"max_tokens": 64},
     )
     policy = Policy(config)
-    before = _tensor_bytes()
-    policy.update(micros, tiny.masked_mean_loss)
-    left = _tensor_bytes() - before  # what Megatron's layers keep until the next update
-    peak = left + _peak_bytes(lambda: policy.update(micros, tiny.masked_mean_loss))
+
+    def update() -> None:
+        policy.update(micros, tiny.masked_mean_loss)
+
+    def update_twice() -> None:  # what Megatron's layers keep of one update lives until the next
+        update()
+        update()
+
+    live = live_bytes(update_twice)
     memory = rank_memory(config, read_shape(directory), 0)
     transient = memory.activations + max(memory.layer, memory.logits)
-    return _held(policy, peak), Measured(memory.weights, memory.gradients, memory.optimizer, memory.snapshot, transient)
+    estimated = Held(memory.weights, memory.gradients, memory.optimizer, memory.snapshot, transient)
+    return Rank(_held(policy, live.peak), estimated, live.left + _resident_peak(update) if resident else 0)
 
 
-def _held(policy: Any, peak: int) -> Measured:
+def _held(policy: Any, peak: int) -> Held:
     """The parameters, as many tensors as they may be, their gradients, and this rank's share of the rest."""
     from learner.sharded import Sharded
 
@@ -154,7 +182,7 @@ def _held(policy: Any, peak: int) -> Measured:
     state = [t for part in optimizers for values in part.optimizer.state.values() for t in values.values()]
     masters = [t for part in optimizers for group in part.shard_fp32_from_float16_groups for t in group]
     copied = policy.snapshot().values()
-    return Measured(
+    return Held(
         weights=sum(parameter.nbytes for parameter in parameters),
         gradients=sum(parameter.main_grad.nbytes for parameter in parameters),
         optimizer=sum(tensor.nbytes for tensor in [*state, *masters] if tensor is not None),
@@ -163,16 +191,7 @@ def _held(policy: Any, peak: int) -> Measured:
     )
 
 
-def _tensor_bytes() -> int:
-    """Of the storages of all tensors that live."""
-    import torch
-
-    gc.collect()
-    found = (entry.untyped_storage() for entry in gc.get_objects() if isinstance(entry, torch.Tensor))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
-
-
-def _peak_bytes(work: Callable[[], Any]) -> int:
+def _resident_peak(work: Callable[[], Any]) -> int:
     """The most memory that is resident at once above what was before, as the kernel tells, in the least of some times.
 
     The allocator's own reports miss what gloo's threads free.
