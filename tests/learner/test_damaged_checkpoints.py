@@ -12,7 +12,6 @@ import pytest
 import structlog
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 
 from common.config import Config
 from common.errors import DamageError, RunDirectoryError
@@ -23,6 +22,7 @@ from learner.ranks import Ranks
 from learner.sharded import State, read
 from learner.sums import check_files, sums_of
 from tests.learner.saves import Weights, commit, flip_a_bit, make_config, names, saved
+from tests.ranks import run_ranks
 
 DATA, METADATA = "megatron/__0_0.distcp", "megatron/.metadata"
 
@@ -173,7 +173,7 @@ class Parts:
 
 def test_all_ranks_agree_where_one_alone_sees_the_damage(tmp_path: Path) -> None:
     RunKeys.create(tmp_path)
-    processes.spawn(_rank, args=(tmp_path,), nprocs=2)
+    run_ranks(2, tmp_path, _find_damage, tmp_path)
     told = [msgspec.json.decode((tmp_path / f"told-{rank}").read_bytes()) for rank in range(2)]
     assert told[0] == told[1]
     assert told[0]["files"] == [".metadata", "__0_0.distcp", "__1_0.distcp"]
@@ -182,10 +182,8 @@ def test_all_ranks_agree_where_one_alone_sees_the_damage(tmp_path: Path) -> None
     assert names(tmp_path) == ["damaged-step-000002", "step-000001"]
 
 
-def _rank(rank: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=2)
-    ranks, config = Ranks(), make_config(directory)
+def _find_damage(directory: Path) -> None:
+    rank, ranks, config = dist.get_rank(), Ranks(), make_config(directory)
     checkpoints = Checkpoints(config, directory, ranks)
     for number in (1, 2):
         checkpoints.save(Parts(number), Version(0, number), commit(number))
@@ -209,4 +207,3 @@ def _rank(rank: int, directory: Path) -> None:
     value = float(policy.own[f"value.{rank}"][0])
     told = {"files": sorted(point.files), "damage": damage, "number": point.version.number, "value": value}
     (directory / f"told-{rank}").write_bytes(msgspec.json.encode(told))
-    dist.destroy_process_group()

@@ -1,17 +1,14 @@
 """`python -m learner.export`: what is wrong is one line, and nothing half-written is left."""
 
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 from safetensors.torch import load_file
 
 from common.config import Config, DataConfig
@@ -24,6 +21,7 @@ from learner.ranks import Ranks
 from learner.sharded import write
 from tests.learner.saves import flip_a_bit, mark_saved
 from tests.learner.test_checkpoints import REPOSITORY, limited_files
+from tests.ranks import run_ranks
 
 WEIGHTS = {"b.weight": torch.arange(60_000.0).view(300, 200), "a.weight": torch.ones(3)}
 
@@ -127,18 +125,16 @@ def test_a_checkpoint_that_was_moved_out_of_its_run_is_refused(checkpoint: Path,
 
 def test_all_ranks_hear_that_the_disk_of_one_is_full(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    processes.spawn(_rank, args=(tmp_path,), nprocs=2)
+    run_ranks(2, tmp_path, _write_with_a_full_disk, tmp_path)
     told = [(tmp_path / f"told-{rank}").read_text() for rank in range(2)]
     assert told[0] == told[1]
     assert told[0].startswith(f"{tmp_path / 'out'}: cannot be written: ")
     assert not list(tmp_path.glob("*out*"))
 
 
-def _rank(rank: int, directory: Path) -> None:
+def _write_with_a_full_disk(directory: Path) -> None:
     """The second rank's disk is full, and its weights are made by both."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store, patience = f"file://{directory / 'store'}", timedelta(seconds=30)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+    rank = dist.get_rank()
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for number in range(3):
@@ -150,7 +146,6 @@ def _rank(rank: int, directory: Path) -> None:
     with limited_files(50_000 if rank == 1 else 1 << 30), pytest.raises(RunDirectoryError) as caught:
         write_hugging_face(weights(), directory / "model", directory / "out", Ranks(), whole_model=False)
     (directory / f"told-{rank}").write_text(str(caught.value))
-    dist.destroy_process_group()
 
 
 def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """One training step on any division over ranks, and the float64 reference of one process that it must equal."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 
 from common import wire
 from common.config import Config
@@ -21,6 +19,7 @@ from learner.step import train_step
 from tests.groups import completion, grade, training_group
 from tests.learner.megatron import tiny
 from tests.learner.plain import PlainPolicy
+from tests.ranks import run_ranks
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_hidden_layers": 4, "vocab_size": 64},
@@ -78,25 +77,21 @@ def run(model_of: dict[str, Path], jobs: dict[str, tuple[str, dict[str, Any]]], 
     sizes = {config(model_of[model], **parallel).learner.parallel.num_ranks for model, parallel in jobs.values()}
     (num_ranks,) = sizes
     directory.mkdir(parents=True)
-    processes.spawn(_rank, args=(num_ranks, model_of, jobs, directory), nprocs=num_ranks)
+    batches = {model: groups(model_of[model]) for model, _ in jobs.values()}
+    run_ranks(num_ranks, directory, _run, model_of, batches, jobs, directory)
     return {name: _collect(directory, name, num_ranks) for name in jobs}
 
 
-def _rank(rank: int, num_ranks: int, model_of: dict[str, Path], jobs: dict[str, Any], directory: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+def _run(model_of: dict[str, Path], batches: dict[str, Any], jobs: dict[str, Any], directory: Path) -> None:
     from learner.megatron.policy import Policy
 
-    dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=num_ranks)
     for name, (model, parallel) in jobs.items():
-        policy = Policy(config(model_of[model], **parallel))
-        batch = groups(model_of[model])
         settings = config(model_of[model], **parallel)
-        metrics = train_step(policy, batch, settings, VERSION, Lineages(), Ranks().gather)
+        policy = Policy(settings)
+        metrics = train_step(policy, batches[model], settings, VERSION, Lineages(), Ranks().gather)
         result = {"metrics": metrics, "gradients": tiny.gradients(policy)}
         result["weights"] = {weight: tensor.clone() for weight, tensor in policy.export()}
-        torch.save(result, directory / f"{name}-{rank}.pt")
-    dist.destroy_process_group()
+        torch.save(result, directory / f"{name}-{dist.get_rank()}.pt")
 
 
 def _collect(directory: Path, name: str, num_ranks: int) -> Outcome:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 
 from learner.megatron import logprobs as module
 from learner.megatron.logprobs import even_chunks, linear_logprobs
+from tests.ranks import run_ranks
 
 
 def example(tokens: int, hidden: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,12 +101,11 @@ def test_bfloat16_sums_the_weights_gradient_in_float32(monkeypatch: pytest.Monke
 
 
 def test_two_ranks_that_share_the_vocabulary_agree_with_one(tmp_path: Path) -> None:
-    processes.spawn(_rank, args=(str(tmp_path / "store"),), nprocs=2)
+    run_ranks(2, tmp_path, _share_the_vocabulary)
 
 
-def _rank(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _share_the_vocabulary() -> None:
+    rank = dist.get_rank()
     hidden, weight, tokens, factors = example(300, 16, 502)
     expected = linear_logprobs(hidden, weight, tokens, 0.7)
     (expected[0] * factors).sum().backward()
@@ -122,4 +121,3 @@ def _rank(rank: int, store: str) -> None:
     dist.all_reduce(states.grad)
     torch.testing.assert_close(states.grad, hidden.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(part.grad, weight.grad[mine], rtol=1e-5, atol=1e-6)
-    dist.destroy_process_group()

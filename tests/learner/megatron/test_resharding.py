@@ -1,7 +1,6 @@
 """Checkpoints and Hugging Face weights on several ranks: any division reads what any other wrote."""
 
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,9 @@ import msgspec
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 from safetensors.torch import load_file
 
+from common import wire
 from common.config import Config
 from common.errors import RunDirectoryError
 from common.layout import write_resolved
@@ -26,8 +25,10 @@ from learner.shared import NO_COMMIT
 from learner.step import train_step
 from tests.learner.megatron import conformance, tiny
 from tests.learner.saves import mark_saved
+from tests.ranks import run_ranks
 
 Division = dict[str, Any]
+Groups = tuple[wire.TrainingGroup, ...]
 CHAINS: dict[str, list[tuple[str, Division]]] = {
     "qwen3-moe": [
         ("dp2-ep2", {"data": 2, "expert": 2}),
@@ -59,8 +60,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in DENSE + EXPERTS:
         sizes = {"vocab_size": 64} | ({"moe_intermediate_size": 32} if kind in EXPERTS else {})
         tiny.build(base / "whole" / kind, kind, dtype=torch.bfloat16, **sizes)
-    for num_ranks, work in ((2, _two_ranks), (4, _four_ranks)):
-        processes.spawn(_rank, args=(num_ranks, work, base), nprocs=num_ranks)
+    groups = conformance.groups(base / "qwen3")
+    run_ranks(2, base, _two_ranks, base, groups)
+    run_ranks(4, base, _four_ranks, base, groups)
     return base
 
 
@@ -107,15 +109,8 @@ def test_ranks_save_beside_training_and_commit_together(base: Path) -> None:
     assert told[0]["left"] == ["step-000001"]
 
 
-def _rank(rank: int, num_ranks: int, work: Callable[[Path], None], base: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{base / f'store-{num_ranks}'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=num_ranks)
-    work(base)
-    dist.destroy_process_group()
-
-
-def _two_ranks(base: Path) -> None:
+def _two_ranks(base: Path, groups: Groups) -> None:
+    _groups.extend(groups)
     for kind, chain in CHAINS.items():
         _first(base / kind, chain[0][1])
         _next(base / kind, chain[1][1], 1)
@@ -124,7 +119,8 @@ def _two_ranks(base: Path) -> None:
     _beside_training(base)
 
 
-def _four_ranks(base: Path) -> None:
+def _four_ranks(base: Path, groups: Groups) -> None:
+    _groups.extend(groups)
     for kind, chain in CHAINS.items():
         _next(base / kind, chain[2][1], 2)
 
@@ -213,19 +209,12 @@ def _policy(model: Path, division: Division, dtype: str = "float32") -> Any:
 
 def _step(policy: Any, model: Path, division: Division, number: int) -> None:
     """One of several steps on the same groups, in an order of its own."""
-    groups, settings = _groups(model), _config(model, division)
-    metrics = train_step(policy, groups, settings, Version(0, 8 + number), Lineages(), Ranks().gather)
+    settings = _config(model, division)
+    metrics = train_step(policy, tuple(_groups), settings, Version(0, 8 + number), Lineages(), Ranks().gather)
     assert metrics["grad_norm"] > 0.3
 
 
-_cached: dict[Path, Any] = {}
-
-
-def _groups(model: Path) -> Any:
-    source = model.parents[0] / "qwen3" if model.parent.name != "whole" else model.parents[1] / "qwen3"
-    if source not in _cached:
-        _cached[source] = conformance.groups(source)
-    return _cached[source]
+_groups: list[wire.TrainingGroup] = []  # what every step of a rank trains on
 
 
 def _keep(policy: Any, directory: Path, name: str) -> None:
