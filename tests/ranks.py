@@ -13,7 +13,9 @@ import torch.multiprocessing as processes
 IMPORTED = ("pytest", "learner.megatron.policy", "tests.learner.megatron.conformance")
 
 
-def run_ranks(num_ranks: int, directory: Path, work: Callable[..., None], *args: Any) -> None:
+def run_ranks(
+    num_ranks: int, directory: Path, work: Callable[..., None], *args: Any, start_method: str = "forkserver"
+) -> None:
     """Calls `work(*args)` on each rank of a gloo group over loopback, and returns when all have.
 
     Ranks are forked from one process that has imported torch and Megatron and started nothing: a rank that imports them
@@ -23,13 +25,14 @@ def run_ranks(num_ranks: int, directory: Path, work: Callable[..., None], *args:
         num_ranks: Size of the group.
         directory: Gets the file by which the ranks find each other; another one for each call.
         work: A function of a module, called with `args`.
+        start_method: `spawn` for ranks that import everything themselves, and see today's environment.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: A rank failed; the others are ended.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
     store = directory / f"store-{num_ranks}"
-    processes.start_processes(_rank, (num_ranks, store, work, args), num_ranks, start_method="forkserver")
+    processes.start_processes(_rank, (num_ranks, store, work, args), num_ranks, start_method=start_method)
 
 
 def _rank(rank: int, num_ranks: int, store: Path, work: Callable[..., None], args: tuple[Any, ...]) -> None:

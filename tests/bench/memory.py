@@ -103,10 +103,10 @@ def total_peak(ranks: list[Rank]) -> tuple[int, int]:
 def measure(directory: Path, jobs: dict[str, Job], num_ranks: int, *, resident: bool = False) -> dict[str, list[Rank]]:
     """What is measured and what is estimated for each rank of each job, over gloo; the directory gets the models.
 
-    The processes are new ones. Where resident memory is asked for, each larger block of it goes back to the kernel when
-    it is freed, so that it is what lives.
+    Where resident memory is asked for, the processes are new ones in which each larger block of it goes back to the
+    kernel when it is freed, so that it is what lives.
     """
-    import torch.multiprocessing as processes
+    from tests.ranks import run_ranks
 
     for name, job in jobs.items():
         _build(directory / name, job)
@@ -114,21 +114,17 @@ def measure(directory: Path, jobs: dict[str, Job], num_ranks: int, *, resident: 
         if resident:
             environment.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 16))
             environment.setenv("MALLOC_TRIM_THRESHOLD_", str(1 << 16))
-        environment.setenv("GLOO_SOCKET_IFNAME", "lo")
-        processes.spawn(_rank, args=(num_ranks, directory, jobs, resident), nprocs=num_ranks)
+        start_method = "spawn" if resident else "forkserver"
+        run_ranks(num_ranks, directory, _measure, directory, jobs, resident, start_method=start_method)
     found = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(num_ranks)]
     return {name: [Rank(Held(*of[name][0]), Held(*of[name][1]), of[name][2]) for of in found] for name in jobs}
 
 
-def _rank(rank: int, num_ranks: int, directory: Path, jobs: dict[str, Job], resident: bool) -> None:
-    import torch
+def _measure(directory: Path, jobs: dict[str, Job], resident: bool) -> None:
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=num_ranks)
     found = {name: _update(directory / name, job, resident) for name, job in jobs.items()}
-    (directory / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    (directory / f"{dist.get_rank()}.json").write_text(json.dumps(found))
 
 
 def _build(directory: Path, job: Job) -> None:
