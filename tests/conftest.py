@@ -1,6 +1,7 @@
-"""What all tests share: a tiny model that the engine and the learner load, and arrays whose shapes are checked."""
+"""What all tests share: a tiny model that the engine and the learner load, and where the minutes went."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The page that the tests of faults write their table to."""
     parser.addoption("--reliability", type=Path, help="write what faults cost to the table of this page")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Minutes by folder: of tests, and of what they set up."""
+    seconds = Counter[str]()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
+    if seconds:
+        terminalreporter.section("minutes")
+        for folder, total in seconds.most_common():
+            terminalreporter.line(f"{total / 60:6.2f}  {folder}")
 
 
 @pytest.fixture(scope="session")

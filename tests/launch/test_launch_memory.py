@@ -4,6 +4,8 @@ import pytest
 
 from tests.bench.memory import ALONE, ON_TWO, Job, Rank, measure, total_peak
 
+pytestmark = [pytest.mark.memory]
+
 TOLERANCE, RANKS_TOLERANCE = 0.05, 0.1
 NARROW = {"num_hidden_layers": 2}  # bfloat16 is slow on many processors
 BFLOAT16 = {f"{kind}, bfloat16": Job(kind, "full", "bfloat16", changes=NARROW) for kind in ("qwen3", "qwen3-moe")}

@@ -1,4 +1,7 @@
-"""Whole runs: the launcher as a user starts it, with all its real parts."""
+"""Whole runs: the launcher as a user starts it, with all its real parts.
+
+When a test fails, its report has the last lines of every process of its runs, and what each run waited for.
+"""
 
 import json
 import os
@@ -6,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from tests.system.accounts import Cost, assert_curve_is_unbroken, cost, recovery
 from tests.system.reliability import Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+HANG_S = 1200  # against a hang: no run of a test takes a quarter of it on one busy core
+LAST_LINES = 20
 CHILD = str(REPOSITORY / "launch" / "child.py")
 ENDLESS = ("steps=1000", "groups_per_step=8", "evaluation.every=1000")  # until a test has seen enough: small, long
 STATES = {"waiting", "leased", "scored", "reserved", "trained", "filtered", "rejected", "quarantined", "unused"}
@@ -51,9 +56,9 @@ class Run:
             start_new_session=True,
         )
 
-    def wait(self, timeout_s: float = 400) -> int:
+    def wait(self) -> int:
         """The launcher's exit code."""
-        return self.launcher.wait(timeout_s)
+        return self.launcher.wait(HANG_S)
 
     def output(self) -> str:
         """What a person saw."""
@@ -115,7 +120,7 @@ class Run:
         """SIGKILL to the launcher alone; returns when."""
         now = time.time()
         self.launcher.kill()
-        self.launcher.wait(10)
+        self.wait()
         return now
 
     def _of_role(self, module: str, *words: str) -> list[psutil.Process]:
@@ -136,13 +141,13 @@ class Run:
                 process.send_signal(number)
         return now
 
-    def wait_for_step(self, step: int, timeout_s: float = 240, *, lineage: int = 0) -> None:
+    def wait_for_step(self, step: int, *, lineage: int = 0) -> None:
         """Waits until a step is done, in a lineage or a later one."""
 
         def is_done() -> bool:
             return any(row["step"] >= step and row["lineage"] >= lineage for row in self.rows("step"))
 
-        self.wait_until(is_done, f"step {step} of lineage {lineage}", timeout_s)
+        self.wait_until(is_done, f"step {step} of lineage {lineage}")
 
     def wait_for_recovery(self, fault_at: float) -> None:
         """Waits until a step has trained a group leased after a fault, and for three more."""
@@ -153,18 +158,18 @@ class Run:
         """Waits until so many more steps are done."""
         self.wait_for_step(num_steps + self.rows("step")[-1]["step"])
 
-    def wait_until(self, holds: Callable[[], object], what: str, timeout_s: float = 240) -> None:
+    def wait_until(self, holds: Callable[[], object], what: str) -> None:
         """Waits for something to come about while the run goes on."""
-        until = time.monotonic() + timeout_s
+        until = time.monotonic() + HANG_S
         while not holds():
-            assert self.launcher.poll() is None, f"waited for {what}: {self.output()[-3000:]}"
-            assert time.monotonic() < until, f"waited {timeout_s} s for {what}: {self.output()[-3000:]}"
+            assert self.launcher.poll() is None, f"the run ended while the test waited for {what}"
+            assert time.monotonic() < until, f"waited {HANG_S} s for {what}"
             time.sleep(0.1)
 
     def audit(self) -> subprocess.CompletedProcess[str]:
         """`python -m learner.ledger --audit RUN`."""
         command = [sys.executable, "-m", "learner.ledger", "--audit", str(self.directory)]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_S, check=False)
 
     def published(self) -> Path:
         """Where the run publishes its weights."""
@@ -190,27 +195,53 @@ class Run:
         return cost(self.directory, fault_at)
 
     def finish(self) -> None:
-        """Ctrl-C: the run has shown what it was started for."""
+        """Ctrl-C: the run has shown what it was started for, and ends with a checkpoint of its last step."""
         os.killpg(self.launcher.pid, signal.SIGINT)
-        assert self.wait(90) == 130, self.output()[-3000:]
+        assert self.wait() == 130
+        summary = self.summary()
+        assert summary["checkpoint"].endswith(f"step-{summary['steps']:06d}/huggingface")
+        assert Path(summary["checkpoint"]).is_dir()
 
-    def assert_nothing_is_left(self, patience_s: float = 10) -> None:
+    def assert_nothing_is_left(self) -> None:
         """No process of the run lives, and its published weights are gone."""
-        until = time.monotonic() + patience_s
+        until = time.monotonic() + HANG_S  # the kernel may take its time
         while (alive := self.processes()) and time.monotonic() < until:
             time.sleep(0.2)
         assert not alive, [p.cmdline() for p in alive]
         assert not self.published().exists()
 
+    def last_words(self) -> str:
+        """The last lines of what a person saw and of each process's log, and what the ledger's file says."""
+        files = sorted(path for path in (self.directory / "logs").glob("*") if path.stat().st_size)
+        told = {path.name: path.read_text(errors="replace") for path in files}
+        told = {"terminal": self.output(), **told, "audit": self.audit().stdout}
+        return "\n".join(f"{name}:\n{_last_lines(text)}" for name, text in told.items())
+
     def close(self) -> None:
         """Ends what a failed test left."""
         if self.launcher.poll() is None:
             os.killpg(self.launcher.pid, signal.SIGKILL)
-            self.launcher.wait(20)
-            psutil.wait_procs(self.processes(), timeout=10)  # each takes with it what it started, whatever its name
+            self.wait()
+            psutil.wait_procs(self.processes(), timeout=30)  # each takes with it what it started, whatever its name
         for process in self.processes():
             process.kill()
         self._output.close()
+
+
+def _last_lines(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines()[-LAST_LINES:])
+
+
+_RUNS = pytest.StashKey[list[Run]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Adds to the report of a failed test what the processes of its runs said last."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"{run.directory}", run.last_words()) for run in item.stash.get(_RUNS, [])]
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -235,9 +266,9 @@ def report(request: pytest.FixtureRequest, table: Table) -> Callable[[str, str, 
 
 
 @pytest.fixture
-def start_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+def start_run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts runs, and ends what is left of them."""
-    runs: list[Run] = []
+    runs = request.node.stash.setdefault(_RUNS, [])
 
     def start(*overrides: str, name: str = "run", layout: str = "local", **options: Any) -> Run:
         output = tmp_path / f"{name.replace('/', '-')}-{len(runs)}.out"

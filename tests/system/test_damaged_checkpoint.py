@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ import pytest
 from learner.saved import directories
 from tests.learner.saves import flip_a_bit
 from tests.system.accounts import Cost
-from tests.system.conftest import REPOSITORY, Run
+from tests.system.conftest import HANG_S, REPOSITORY, Run
+
+pytestmark = [pytest.mark.full, pytest.mark.faults]
 
 SMALL = (
     "groups_per_step=4",
@@ -24,7 +25,6 @@ SMALL = (
 )
 REPEATED = ("loss", "grad_norm", "reward", "num_tokens", "staleness_mean", "staleness_max", "ratio_mean", "weight_mean")
 DATA = "megatron/__0_0.distcp"
-pytestmark = pytest.mark.timeout(600)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(
@@ -33,7 +33,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(
     run = start_run("steps=20", *SMALL)
     (only,), _ = _damage_the_newest_and_kill_the_learner(run, num_checkpoints=1)
     (before, newest), killed_at = _damage_the_newest_and_kill_the_learner(run, num_checkpoints=2)
-    assert run.wait() == 0, run.output()[-3000:]
+    assert run.wait() == 0
     report(
         "a bit of the newest checkpoint flips, and the learner is killed",
         "it goes on from the checkpoint before, says so, and repeats the steps since with their groups",
@@ -56,11 +56,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(
 
 def _damage_the_newest_and_kill_the_learner(run: Run, num_checkpoints: int) -> tuple[list[Path], float]:
     """Waits for so many checkpoints; returns them, oldest first, and when the learner was killed."""
-    until = time.monotonic() + 240
-    while len(directories(run.directory / "checkpoints")) < num_checkpoints:
-        assert run.launcher.poll() is None, run.output()[-3000:]
-        assert time.monotonic() < until, run.output()[-3000:]
-        time.sleep(0.05)
+    checkpoints = run.directory / "checkpoints"
+    run.wait_until(lambda: len(directories(checkpoints)) >= num_checkpoints, f"{num_checkpoints} checkpoints")
     run.stop("learner")  # no checkpoint is saved between the damage and the death
     found = directories(run.directory / "checkpoints")
     flip_a_bit(found[-1] / DATA)
@@ -72,7 +69,7 @@ def _check_what_is_said(run: Run, damaged: Path, instead: str) -> None:
         f"the checkpoint {damaged.name} is damaged, the learner goes on from {instead} (kept as "
         f"damaged-{damaged.name}): {damaged / DATA}: found checksum "
     )
-    assert run.output().count(line) == 1, run.output()[-3000:]
+    assert run.output().count(line) == 1
     log = (run.directory / "logs" / "learner-0.jsonl").read_text().splitlines()
     events = [event for event in map(json.loads, log) if event["event"] == "checkpoint_damaged"]
     assert (damaged.name, instead) in [(event["checkpoint"], event["instead"]) for event in events]
@@ -86,7 +83,7 @@ def _check_that_nothing_is_done_where_none_is_whole(run: Run) -> None:
     left = sorted((run.directory / "checkpoints").iterdir())
     command = [sys.executable, "launch/cluster.py", "--layout", "local", f"run.dir={run.directory}", *SMALL]
     command += ["steps=21", "run.resume=auto", "run.stop_timeout_s=10"]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert ended.returncode == 2, ended.stdout
     named = ", ".join(path.name for path in reversed(whole))
     assert f"found damage in {named} ({whole[-1] / DATA}: found checksum" in ended.stderr

@@ -10,6 +10,8 @@ import pytest
 from tests.system.accounts import Cost, cost
 from tests.system.conftest import Run
 
+pytestmark = [pytest.mark.full, pytest.mark.faults]
+
 SIZE_MIB = 48
 SHORT = (
     "steps=8",
@@ -40,12 +42,12 @@ def test_a_full_disk_ends_the_run_with_one_line_and_with_room_it_goes_on(
     run.wait_for_step(3)
     filler = small_disk / "filler"
     _fill(filler)
-    assert run.wait(120) == 2, run.output()[-3000:]
+    assert run.wait() == 2
     last = run.output().splitlines()[-1]
     assert last.startswith("sluice: "), last
     assert str(run.directory) in last
     assert "Traceback" not in run.output()
-    assert "; restart " not in run.output(), run.output()[-3000:]
+    assert "; restart " not in run.output()
     run.assert_nothing_is_left()
     assert cost(run.directory).num_lost == 0
     filler.unlink()
@@ -53,7 +55,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_with_room_it_goes_on(
     _assert_whole(run.directory)
 
     resumed = start_run(*SHORT, name="disk/run")
-    assert resumed.wait() == 0, resumed.output()[-3000:]
+    assert resumed.wait() == 0
     resumed.assert_survived(0.0)
     report(
         "the disk of the run directory is full",

@@ -12,7 +12,9 @@ from common.wire import VisitState
 from learner.ledger.store import Store
 from learner.ledger.visits import Visit
 from tests.system.accounts import Cost, lineages, trained, visits
-from tests.system.conftest import ENDLESS, Run
+from tests.system.conftest import ENDLESS, HANG_S, Run
+
+pytestmark = [pytest.mark.faults]
 
 SHORT = (*ENDLESS, "lease.heartbeat_timeout_s=5")
 SELDOM = "learner.checkpoint_every=1000"
@@ -22,11 +24,20 @@ Report = Callable[[str, str, Cost], None]
 @pytest.mark.parametrize(
     ("module", "promise"),
     [
-        ("generator", "its leases go back; it is started again and takes the newest weights"),
-        ("verifier", "groups that it holds are sent to its successor"),
-        ("learner.ledger", "it is started again on its file; nothing that was answered is lost"),
+        pytest.param(
+            "generator",
+            "its leases go back; it is started again and takes the newest weights",
+            id="generator",
+            marks=pytest.mark.full,
+        ),
+        pytest.param("verifier", "groups that it holds are sent to its successor", id="verifier"),
+        pytest.param(
+            "learner.ledger",
+            "it is started again on its file; nothing that was answered is lost",
+            id="ledger",
+            marks=pytest.mark.full,
+        ),
     ],
-    ids=["generator", "verifier", "ledger"],
 )
 def test_a_process_that_is_killed_is_started_again(
     start_run: Callable[..., Run], report: Report, module: str, promise: str
@@ -41,6 +52,7 @@ def test_a_process_that_is_killed_is_started_again(
     report(f"SIGKILL of the {module.rpartition('.')[2]}", promise, run.assert_survived(killed_at))
 
 
+@pytest.mark.full
 def test_a_learner_that_is_killed_trains_the_very_groups_again_and_knows_their_path(
     start_run: Callable[..., Run], report: Report
 ) -> None:
@@ -66,6 +78,7 @@ def test_a_learner_that_is_killed_trains_the_very_groups_again_and_knows_their_p
     )
 
 
+@pytest.mark.full
 def test_a_launcher_that_is_killed_leaves_no_process_and_its_command_goes_on(
     start_run: Callable[..., Run], report: Report
 ) -> None:
@@ -74,7 +87,7 @@ def test_a_launcher_that_is_killed_leaves_no_process_and_its_command_goes_on(
     children = psutil.Process(run.launcher.pid).children(recursive=True)
     assert len(children) > 6
     killed_at = run.kill_launcher()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=HANG_S)
     assert not alive, [p.cmdline() for p in alive]
     assert run.audit().returncode == 0
 

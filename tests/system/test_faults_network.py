@@ -14,6 +14,8 @@ from learner.ledger.visits import Visit
 from tests.system.accounts import Cost, visits
 from tests.system.conftest import ENDLESS, REPOSITORY, Run
 
+pytestmark = [pytest.mark.full, pytest.mark.faults]
+
 TIMEOUT_S = 4
 LOSSY = Path(__file__).with_name("lossy")
 HERE, THERE = "10.213.0.1", "10.213.0.2"

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.system.accounts import Cost, cost
 from tests.system.conftest import ENDLESS, Run
+
+pytestmark = [pytest.mark.full, pytest.mark.faults]
 
 STALL_S = 60  # longer than an engine takes to start
 
@@ -20,7 +24,7 @@ def test_a_run_whose_generators_all_stand_still_stops_and_says_so(
     )
     run.wait_for_step(3)
     run.stop("generator")
-    assert run.wait(STALL_S + 60) == 3, run.output()[-3000:]
+    assert run.wait() == 3
     last = run.output().splitlines()[-1]
     assert last.startswith(f"sluice: learner: the learner waited {STALL_S} s for "), last
     assert "no generator is alive" in last

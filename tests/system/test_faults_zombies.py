@@ -3,8 +3,12 @@
 import time
 from collections.abc import Callable
 
+import pytest
+
 from tests.system.accounts import Cost, visits
 from tests.system.conftest import ENDLESS, Run
+
+pytestmark = [pytest.mark.full, pytest.mark.faults]
 
 TIMEOUT_S = 4
 PILE_UP_S = 2.0

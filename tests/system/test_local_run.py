@@ -33,7 +33,7 @@ STEP_KEYS = set(
 
 def test_a_run_ends_by_itself_and_writes_what_it_promises(start_run: Callable[..., Run]) -> None:
     run = start_run(*SHORT)
-    assert run.wait() == 0, run.output()[-3000:]
+    assert run.wait() == 0
     run.assert_sound()
     summary = run.summary()
     assert summary["steps"] == 6
@@ -136,7 +136,7 @@ def test_a_mixture_of_experts_trains_on_a_file_prepared_for_verl(start_run: Call
         "group_size=64",
         "learner.checkpoint_every=2",
     )
-    assert run.wait() == 0, run.output()[-3000:]
+    assert run.wait() == 0
     run.assert_sound()
     assert all(row["grad_norm"] > 0 for row in run.rows("step"))
     evaluations = {(row["step"], row["source"]): row for row in run.rows("evaluation")}

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from common.rendezvous import RunKeys
 from learner.saved import SavePoint
-from tests.system.conftest import REPOSITORY, Run
+from tests.system.conftest import HANG_S, REPOSITORY, Run
+
+pytestmark = [pytest.mark.full, pytest.mark.stops]
 
 COMMON = ("run.resume=auto", "learner.checkpoint_every=2", "evaluation.every=14")
 
@@ -20,19 +23,19 @@ def test_a_run_goes_on_after_its_launcher_was_killed_and_after_it_was_stopped(st
     killed = start_run(*COMMON, "steps=12")
     killed.wait_for_step(3)
     os.killpg(killed.launcher.pid, signal.SIGKILL)
-    killed.launcher.wait(20)
+    killed.wait()
     keys = RunKeys.load(killed.directory)
 
     stopped = start_run(*COMMON, "steps=12")
     stopped.wait_for_step(1, lineage=1)
     os.killpg(stopped.launcher.pid, signal.SIGINT)
-    assert stopped.wait(90) == 130, stopped.output()[-3000:]
+    assert stopped.wait() == 130
     num_done = stopped.summary()["steps"]
     before = [(row["lineage"], row["step"]) for row in stopped.rows("step")]
     assert before[-1] == (1, num_done)
 
     run = start_run(*COMMON, "steps=14", "learner.parallel.data=2")
-    assert run.wait() == 0, run.output()[-3000:]
+    assert run.wait() == 0
     run.assert_sound()
     assert f"goes on from its newest checkpoint; {num_done} steps were done" in run.output()
     assert "changed: steps: 12 before, 14 now" in run.output()
@@ -79,4 +82,4 @@ def _check_that_a_checkpoint_of_another_time_is_refused_once(run: Run) -> None:
 
 def _cluster(run_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launch/cluster.py", "--layout", "local", f"run.dir={run_dir}", *COMMON, *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_S, check=False)

@@ -20,17 +20,18 @@ from learner.sharded import read, sizes, write
 from learner.step import train_step
 from tests.system.conftest import Run
 
+pytestmark = [pytest.mark.full, pytest.mark.learning]
+
 NUM_STEPS = 20
 SMALL = ("max_staleness=0", "groups_per_step=4", "group_size=8", "updates_per_step=2", "learner.checkpoint_every=100")
 Steps = list[tuple[wire.TrainingGroup, ...]]
-pytestmark = pytest.mark.timeout(600)
 
 
 def test_a_run_without_staleness_equals_a_plain_synchronous_loop_bit_for_bit(
     start_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     run = start_run(f"steps={NUM_STEPS}", "evaluation.every=100", *SMALL, name="first")
-    assert run.wait() == 0, run.output()[-3000:]
+    assert run.wait() == 0
     run.assert_sound()
     config, steps = read_resolved(run.directory), recorded(run.directory)
     assert len(steps) == NUM_STEPS
@@ -86,7 +87,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def _check_that_another_run_samples_the_same(run: Run, start_run: Callable[..., Run]) -> None:
     """Two runs with one seed sample the same tokens; their losses differ by the rounding of other batches at most."""
     again = start_run("steps=4", "evaluation.every=100", *SMALL, name="second")
-    assert again.wait() == 0, again.output()[-3000:]
+    assert again.wait() == 0
     again.assert_sound()
     lines = [(each.directory / "samples.jsonl").read_text().splitlines()[:4] for each in (run, again)]
     samples = [[(sample["prompt_id"], sample["text"]) for sample in map(json.loads, part)] for part in lines]
