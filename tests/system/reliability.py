@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.system.accounts import Cost
 
-BEGIN, END = "<!-- table: make reliability -->", "<!-- end of the table -->"
+BEGIN, END = "<!-- table: make test-full ONLY=faults -->", "<!-- end of the table -->"
 _HEAD = (
     "| fault | what is promised | lost | doubled | seconds to recover | test | seen on |",
     "|---|---|---|---|---|---|---|",
