@@ -43,12 +43,17 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def pass_time(seconds: float) -> None:
-    """Moves the time of the running loop, and lets what was due go on."""
+def move_time(seconds: float) -> None:
+    """Moves the time of the running loop, which stands still meanwhile."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, ManualLoop)
-    await settle()
     loop.clock.now += seconds
+
+
+async def pass_time(seconds: float) -> None:
+    """Moves the time of the running loop when all that was under way has gone on, and lets what is due go on."""
+    await settle()
+    move_time(seconds)
     await settle()
 
 
