@@ -15,8 +15,10 @@ class Activity:
     Busy is the union of all intervals in which at least one `working()` block was open.
     """
 
-    def __init__(self) -> None:
-        self._since = time.time()
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        """`clock` says the seconds since the epoch."""
+        self._clock = clock
+        self._since = clock()
         self._busy_from: float | None = None
         self._num_open = 0
         self._busy: list[wire.Span] = []
@@ -28,14 +30,14 @@ class Activity:
     def working(self) -> Generator[None]:
         """The process has work inside this block."""
         if self._num_open == 0:
-            self._busy_from = time.time()
+            self._busy_from = self._clock()
         self._num_open += 1
         try:
             yield
         finally:
             self._num_open -= 1
             if self._num_open == 0:
-                self._close_span(time.time())
+                self._close_span(self._clock())
 
     def count(self, *, num_tokens: int, num_items: int) -> None:
         """Adds finished work."""
@@ -44,7 +46,7 @@ class Activity:
 
     def take(self) -> wire.Stats:
         """What happened since the last call."""
-        now = time.time()
+        now = self._clock()
         if self._num_open > 0:
             self._close_span(now)
             self._busy_from = now

@@ -21,6 +21,7 @@ from launch.run_directory import check_space
 
 FINAL_EXIT_CODES = (2, 3, 4)
 _LONGEST_BACK_OFF_S = 30.0
+_LIVED_WELL_S = 600.0
 _KILL_TIMEOUT_S = 10.0
 
 
@@ -65,17 +66,20 @@ class Supervisor:
         max_restarts: int,
         stop_timeout_s: float,
         back_off_s: float = 1.0,
-        lived_well_s: float = 600.0,
         notice: Callable[[str], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`notice` gets a line for people at each restart and kill; `back_off_s` is the first pause, then doubled."""
+        """`notice` gets a line for people at each restart and kill; `back_off_s` is the first pause, then doubled.
+
+        `clock` says how long a process has lived.
+        """
         self._run_dir = run_dir
         self._children = [_Child(plan, run_dir) for plan in plans]
         self._max_restarts = max_restarts
         self._stop_timeout_s = stop_timeout_s
         self._back_off_s = back_off_s
-        self._lived_well_s = lived_well_s
         self._notice = notice
+        self._clock = clock
 
     async def run(self, stop: asyncio.Event) -> None:
         """Starts the processes and returns when the learner ends by itself or `stop` is set; all are stopped then.
@@ -112,12 +116,12 @@ class Supervisor:
         """
         num_restarts = 0
         while child.wanted:
-            began = time.monotonic()
+            began = self._clock()
             ended = await child.live()
             if not child.wanted or (child.plan.role == "learner" and ended.code == 0):
                 return
             self._check_end(child, ended)
-            if time.monotonic() - began >= self._lived_well_s:
+            if self._clock() - began >= _LIVED_WELL_S:
                 num_restarts = 0
             if num_restarts == self._max_restarts:
                 raise ProcessError(

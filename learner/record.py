@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar, cast
@@ -24,18 +24,20 @@ _Item = TypeVar("_Item")
 class Stopwatch:
     """Seconds of each part of a step, and of the step."""
 
-    def __init__(self) -> None:
-        self._since = time.monotonic()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` says the seconds."""
+        self._clock = clock
+        self._since = clock()
         self._parts: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, part: str) -> Generator[None]:
         """Adds the time inside to `part`."""
-        began = time.monotonic()
+        began = self._clock()
         try:
             yield
         finally:
-            self.add(part, time.monotonic() - began)
+            self.add(part, self._clock() - began)
 
     def add(self, part: str, seconds: float) -> None:
         """Adds a time that was taken elsewhere."""
@@ -52,7 +54,7 @@ class Stopwatch:
 
     def lap(self) -> dict[str, float]:
         """Seconds since the last lap, in all (`seconds`) and of each part (`PART_s`)."""
-        now = time.monotonic()
+        now = self._clock()
         row = {"seconds": now - self._since} | {f"{part}_s": s for part, s in self._parts.items()}
         self._since, self._parts = now, {}
         return row

@@ -1,7 +1,6 @@
 """A verifier's credits: how many groups it holds, and how many more it promised room for."""
 
 import asyncio
-import time
 from collections import deque
 from typing import Final
 
@@ -24,7 +23,7 @@ class Rooms:
     @property
     def num_free(self) -> int:
         """Room that is neither taken nor reserved."""
-        now = time.monotonic()
+        now = _now()
         while self._reserved and self._reserved[0][0] <= now:
             self._reserved.popleft()
         return self._max_groups - self._num_taken - len(self._reserved)
@@ -34,7 +33,7 @@ class Rooms:
         if not await self._wait(hold_s):
             return 0
         granted = max(0, min(num_groups, self.num_free))
-        self._reserved.extend([(time.monotonic() + self._reserved_s, peer)] * granted)
+        self._reserved.extend([(_now() + self._reserved_s, peer)] * granted)
         return granted
 
     async def take(self, peer: bytes, *, hold_s: float) -> bool:
@@ -59,9 +58,9 @@ class Rooms:
         return True
 
     async def _wait(self, hold_s: float) -> bool:
-        give_up = time.monotonic() + hold_s
+        give_up = _now() + hold_s
         while self.num_free <= 0:
-            now = time.monotonic()
+            now = _now()
             if now >= give_up:
                 return False
             next_expiry = self._reserved[0][0] if self._reserved else give_up
@@ -74,3 +73,7 @@ class Rooms:
     def _wake(self) -> None:
         freed, self._freed = self._freed, asyncio.Event()
         freed.set()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

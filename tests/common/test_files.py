@@ -11,7 +11,7 @@ from common.files import Lines
 def limited(size_bytes: int, code: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a process whose files may have so many bytes."""
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size_bytes}, -1))\n{textwrap.dedent(code)}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_line_that_finds_no_room_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

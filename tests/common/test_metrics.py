@@ -1,15 +1,16 @@
 """metrics.jsonl, files that are whole or absent, and busy time."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 
+from common import wire
 from common.errors import RunDirectoryError
 from common.files import write_atomically
 from common.membership import Activity
 from common.metrics import METRICS, MetricsWriter, read_metrics
+from tests.clocks import ManualClock
 
 
 def test_rows_are_read_as_they_are_written_and_half_a_row_waits(tmp_path: Path) -> None:
@@ -53,17 +54,19 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
 
 
 def test_busy_time_is_the_union_of_overlapping_work() -> None:
-    activity = Activity()
+    clock = ManualClock(100.0)
+    activity = Activity(clock)
+    clock.now = 101.0
     with activity.working():
+        clock.now = 102.0
         with activity.working():
-            time.sleep(0.05)
-        time.sleep(0.05)
-        stats = activity.take()
-        assert len(stats.busy) == 1
-        time.sleep(0.05)
+            clock.now = 104.0
+        clock.now = 107.0
+        assert activity.take().busy == (wire.Span(101.0, 107.0),)
+        clock.now = 111.0
+    clock.now = 120.0
     activity.count(num_tokens=3, num_items=1)
     later = activity.take()
-    busy_s = sum(span.end - span.start for span in (*stats.busy, *later.busy))
-    assert 0.14 < busy_s < 0.5
+    assert (later.interval, later.busy) == (wire.Span(107.0, 120.0), (wire.Span(107.0, 111.0),))
     assert (later.num_tokens, later.num_items) == (3, 1)
     assert activity.take().busy == ()

@@ -108,7 +108,7 @@ def test_files_that_are_absent_empty_or_cut_are_no_parts(tmp_path: Path) -> None
             Part.open(tmp_path / "cut")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(min_size=1, max_size=64), st.integers(0, 80))
 def test_garbage_is_no_part(tmp_path_factory: pytest.TempPathFactory, garbage: bytes, size: int) -> None:
     path = tmp_path_factory.mktemp("garbage") / "part"
@@ -145,4 +145,4 @@ def test_what_are_no_checksums_is_said(tmp_path: Path, text: bytes) -> None:
 
 def test_weights_are_handled_without_torch() -> None:
     code = "import sys, common.weights.delta; assert not {'torch', 'transformers', 'safetensors'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

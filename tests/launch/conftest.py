@@ -58,7 +58,7 @@ def cluster(tmp_path: Path) -> Cluster:
             env={"PATH": "/usr/bin:/bin", **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
 
     return run

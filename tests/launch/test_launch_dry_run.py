@@ -145,4 +145,4 @@ def test_a_stray_common_does_not_win_in_what_is_started(tmp_path: Path, monkeypa
 
 def test_the_launcher_starts_without_torch() -> None:
     code = "import sys, launch.cluster, launch.session; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=300, check=True)

@@ -5,16 +5,17 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch import processes
 from launch.output import last_words
 from launch.plan import REPOSITORY, ProcessPlan
 from launch.processes import ProcessError, Supervisor, child_command, run_foreground
+from tests.clocks import PATIENCE_S, comes_about, wait_until
 
 FOREVER = "import time; time.sleep(600)"
 NOTED = """
@@ -24,6 +25,12 @@ def leave(*_):
     sys.exit(0)
 signal.signal(signal.SIGTERM, leave)
 open({log!r} + ".ready", "a").write("x")
+time.sleep(600)
+"""
+DEAF = """
+import os, signal, time
+signal.signal(signal.SIGTERM, lambda *_: open({pid!r} + ".asked", "w").close())
+open({pid!r}, "w").write(str(os.getpid()))
 time.sleep(600)
 """
 GRANDCHILD = """
@@ -39,28 +46,22 @@ def program(name: str, code: str) -> ProcessPlan:
 
 
 def supervise(
-    plans: list[ProcessPlan], run_dir: Path, *, stop_after_s: float | None = None, **options: float
-) -> tuple[list[str], float]:
-    """Runs the programs to the end of the run; returns the notices and the seconds."""
+    plans: list[ProcessPlan], run_dir: Path, *, stop_when: Callable[[], object] | None = None, **options: float
+) -> list[str]:
+    """Runs the programs to the end of the run, which is asked to stop when something has come about; the notices."""
     notices: list[str] = []
 
     async def body() -> None:
         stop = asyncio.Event()
-        if stop_after_s is not None:
-            asyncio.get_running_loop().call_later(stop_after_s, stop.set)
-        limits: dict[str, Any] = {"max_restarts": 2, "stop_timeout_s": 5.0, "back_off_s": 0.05, **options}
-        await Supervisor(plans, run_dir, notice=notices.append, **limits).run(stop)
+        limits: dict[str, Any] = {"max_restarts": 2, "stop_timeout_s": PATIENCE_S, "back_off_s": 0.05, **options}
+        running = asyncio.create_task(Supervisor(plans, run_dir, notice=notices.append, **limits).run(stop))
+        if stop_when is not None:
+            await comes_about(stop_when, "all to be ready")
+            stop.set()
+        await running
 
-    began = time.monotonic()
     asyncio.run(body())
-    return notices, time.monotonic() - began
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
+    return notices
 
 
 def is_alive(pid: int) -> bool:
@@ -75,9 +76,7 @@ def written(path: Path) -> str:
 
 
 def test_the_run_is_over_when_the_learner_ends_by_itself(tmp_path: Path) -> None:
-    notices, seconds = supervise([program("generator-0", FOREVER), program("learner", "print('done')")], tmp_path)
-    assert notices == []
-    assert seconds < 5
+    assert supervise([program("generator-0", FOREVER), program("learner", "print('done')")], tmp_path) == []
     assert (tmp_path / "logs" / "learner.out").read_text() == "done\n"
 
 
@@ -87,17 +86,17 @@ def test_a_process_that_crashes_is_started_again(tmp_path: Path) -> None:
         import time
         file = open({str(lives)!r}, "a+")
         file.write("x")
+        file.flush()
         if file.tell() < 3:
             raise ValueError(file.tell())
         time.sleep(600)
     """
     learner = f"""
         import os, time
-        while not os.path.exists({str(lives)!r}) or os.path.getsize({str(lives)!r}) < 2:
+        while not os.path.exists({str(lives)!r}) or os.path.getsize({str(lives)!r}) < 3:
             time.sleep(0.02)
-        time.sleep(0.5)
     """
-    notices, _ = supervise([program("generator-0", generator), program("learner", learner)], tmp_path)
+    notices = supervise([program("generator-0", generator), program("learner", learner)], tmp_path)
     assert notices == [
         "generator-0 ended with exit code 1: ValueError: 1; restart 1 of 2 in 0.05 s",
         "generator-0 ended with exit code 1: ValueError: 2; restart 2 of 2 in 0.1 s",
@@ -156,23 +155,24 @@ def test_roles_stop_in_order(tmp_path: Path) -> None:
     log = tmp_path / "order"
     names = ("ledger", "verifier-0", "generator-0", "generator-1", "learner")
     plans = [program(name, NOTED.format(log=str(log), name=name.partition("-")[0])) for name in names]
-    supervise(plans, tmp_path, stop_after_s=1.5)
-    assert written(tmp_path / "order.ready") == "xxxxx"
+    supervise(plans, tmp_path, stop_when=lambda: written(tmp_path / "order.ready") == "xxxxx")
     assert log.read_text().split() == ["learner", "generator", "generator", "verifier", "ledger"]
 
 
-def test_a_process_that_does_not_stop_is_killed(tmp_path: Path) -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    notices, seconds = supervise([program("learner", deaf)], tmp_path, stop_after_s=0.5, stop_timeout_s=0.3)
+def test_a_process_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_KILL_TIMEOUT_S", PATIENCE_S)
+    pid = tmp_path / "pid"
+    deaf = DEAF.format(pid=str(pid))
+    notices = supervise([program("learner", deaf)], tmp_path, stop_when=lambda: written(pid), stop_timeout_s=0.3)
     assert notices == ["learner did not stop within 0.3 s and is killed"]
-    assert seconds < 5
+    assert not is_alive(int(pid.read_text()))
 
 
 @pytest.mark.parametrize("then", ["time.sleep(0.1)", "raise SystemExit(0)", "import os; os.kill(os.getpid(), 9)"])
 def test_grandchildren_end_with_the_process_that_started_them(tmp_path: Path, then: str) -> None:
     path = tmp_path / "pid"
     code = GRANDCHILD.format(path=str(path), then=then)
-    subprocess.run(child_command((sys.executable, "-c", code)), timeout=20, check=False)
+    subprocess.run(child_command((sys.executable, "-c", code)), timeout=PATIENCE_S, check=False)
     assert not is_alive(int(path.read_text()))
 
 
@@ -188,14 +188,14 @@ def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
         asyncio.run(Supervisor(plans, Path({str(tmp_path)!r}), max_restarts=0, stop_timeout_s=5).run(asyncio.Event()))
     """)
     process = subprocess.Popen([sys.executable, "-c", launcher], cwd=REPOSITORY)
-    wait_for(lambda: written(path))
+    wait_until(lambda: written(path), "the grandchild")
     grandchild = int(path.read_text())
     child = int(Path(f"/proc/{grandchild}/stat").read_text().rpartition(")")[2].split()[1])
     assert is_alive(grandchild)
     assert is_alive(child)
     process.kill()
     process.wait()
-    wait_for(lambda: not is_alive(grandchild) and not is_alive(child))
+    wait_until(lambda: not is_alive(grandchild) and not is_alive(child), "both to end")
 
 
 SESSION = """
@@ -221,9 +221,9 @@ def test_a_signal_stops_the_run_in_order(tmp_path: Path, number: signal.Signals,
     log = tmp_path / "order"
     names = ("ledger", "verifier-0", "generator-0", "learner")
     session = start_session(tmp_path, [(n, NOTED.format(log=str(log), name=n.partition("-")[0])) for n in names])
-    wait_for(lambda: written(tmp_path / "order.ready") == "xxxx")
+    wait_until(lambda: written(tmp_path / "order.ready") == "xxxx", "all to be ready")
     session.send_signal(number)
-    out, _ = session.communicate(timeout=20)
+    out, _ = session.communicate(timeout=PATIENCE_S)
     assert session.returncode == exit_code
     assert log.read_text().split() == ["learner", "generator", "verifier", "ledger"]
     assert "stopping" in out
@@ -231,21 +231,19 @@ def test_a_signal_stops_the_run_in_order(tmp_path: Path, number: signal.Signals,
 
 def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
-    deaf = textwrap.dedent(f"""
-        import os, signal, time
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        open({str(pid)!r}, "w").write(str(os.getpid()))
-        time.sleep(600)
-    """)
-    session = start_session(tmp_path, [("learner", deaf)])
-    wait_for(lambda: written(pid))
+    session = start_session(tmp_path, [("learner", DEAF.format(pid=str(pid)))])
+    wait_until(lambda: written(pid), "the learner")
     session.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert session.poll() is None
+    assert session.stdout is not None
+    while not (line := session.stdout.readline()).startswith("stopping: "):
+        assert line, "it ended before it said that it stops"
+    wait_until((tmp_path / "pid.asked").exists, "the learner to be asked to stop")
+    assert is_alive(int(pid.read_text()))
     session.send_signal(signal.SIGINT)
-    session.communicate(timeout=10)
+    out, _ = session.communicate(timeout=PATIENCE_S)
     assert session.returncode == 130
     assert not is_alive(int(pid.read_text()))
+    assert "did not stop within" not in out
 
 
 def test_a_foreground_command_s_own_error_is_relayed() -> None:

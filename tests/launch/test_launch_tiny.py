@@ -124,6 +124,6 @@ def test_the_tiny_model_is_built_and_the_ledger_takes_it(num_experts: int, num_p
         check=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert prepared.stdout.endswith("500 held out, 0 outside the limits\n")

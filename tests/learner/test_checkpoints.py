@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +20,14 @@ from common.config import Config
 from common.errors import RunDirectoryError, StallError
 from common.rendezvous import RunKeys
 from common.versions import Version
+from learner import saving
 from learner.checkpoints import Checkpoints
 from learner.ranks import Ranks
 from learner.saved import SavePoint
 from tests.learner.saves import Weights, commit, make_config, names, saved
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+KILLED_AT_BYTES = 3 << 20
 
 
 @pytest.fixture
@@ -165,25 +168,25 @@ def test_a_full_disk_leaves_what_was_there_before(config: Config, tmp_path: Path
 
 
 @pytest.mark.usefixtures("config")
-def test_a_wait_for_a_save_has_a_deadline_and_says_what_for(tmp_path: Path) -> None:
+def test_a_wait_for_a_save_has_a_deadline_and_says_what_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(saving, "write", lambda *_: go_on.wait())
     checkpoints = Checkpoints(make_config(tmp_path, stall_timeout_s=1e-6), tmp_path, Ranks())
-    checkpoints.save(Weights(num_tensors=300), Version(0, 1), commit(1))
+    checkpoints.save(Weights(), Version(0, 1), commit(1))
     with pytest.raises(StallError, match=r"waited run.stall_timeout_s for rank 0 to write .*step-000001"):
         checkpoints.finish()
+    go_on.set()
 
 
 def test_a_process_that_is_killed_during_a_save_leaves_the_last_whole_checkpoint(
     config: Config, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "tests.learner.test_checkpoints", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    partial = tmp_path / "checkpoints" / ".step-000002.partial"
-    while not any(path.stat().st_size > 1 << 20 for path in partial.glob("megatron/*.distcp")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait(20)
-    assert names(tmp_path) == [".step-000002.partial", "step-000001"], "it was killed too late"
+    ended = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    assert ended.returncode == -signal.SIGXFSZ
+    (file,) = (tmp_path / "checkpoints" / ".step-000002.partial").glob("megatron/*.distcp")
+    assert file.stat().st_size == KILLED_AT_BYTES
+    assert names(tmp_path) == [".step-000002.partial", "step-000001"]
     policy = Weights()
     point = Checkpoints(config, tmp_path, Ranks()).load_newest(policy)
     assert point is not None
@@ -220,9 +223,16 @@ def limited_files(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def _save_and_be_killed(run_dir: Path) -> None:
+    """Saves twice; the kernel kills it when a file of the second save comes to `KILLED_AT_BYTES`."""
+    checkpoints = Checkpoints(make_config(run_dir), run_dir, Ranks())
+    saved(checkpoints, 1)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which Python ignores
+    with limited_files(KILLED_AT_BYTES):
+        checkpoints.save(Weights(2, num_tensors=8), Version(0, 2), commit(2))
+        checkpoints.finish()
+
+
 if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    saves = Checkpoints(make_config(directory), directory, Ranks())
-    saved(saves, 1)
-    saves.save(Weights(2, num_tensors=600), Version(0, 2), commit(2))
-    saves.finish()
+    _save_and_be_killed(Path(sys.argv[1]))

@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from common.wire import Grade, Outcome
 from verifier import worker
@@ -13,13 +14,29 @@ from verifier.rewards import REWARDS
 FINE = Grade(outcome=Outcome.CORRECT, correct=1.0, reward=1.0)
 
 
-def sleep(text: str, answer: str) -> Grade:
-    time.sleep(float(text))
+def hold(text: str, answer: str) -> Grade:
+    """Says in `text`.begun that it has begun, and ends when there is a file `text`.go."""
+    Path(f"{text}.begun").touch()
+    while not Path(f"{text}.go").exists():
+        time.sleep(0.005)
+    return FINE
+
+
+def meet(text: str, answer: str) -> Grade:
+    """Notes its begin and its end in a file, and ends when two have begun."""
+    path = Path(text)
+    with path.open("a") as file:
+        file.write("<")
+    while path.read_text().count("<") < 2:
+        time.sleep(0.005)
+    with path.open("a") as file:
+        file.write(">")
     return FINE
 
 
 def backtrack(text: str, answer: str) -> Grade:
     """Stays in C, where no signal handler and no other thread of the process would get a turn."""
+    Path(f"{text}.begun").touch()
     re.fullmatch(r"(a|aa)+", "a" * 100 + "b")
     return FINE
 
@@ -62,5 +79,5 @@ def whoami(text: str, answer: str) -> Grade:
 
 
 if __name__ == "__main__":
-    names = (sleep, backtrack, recurse, die, bomb, rubbish, raw_bytes, not_finite, chatty, whoami)
+    names = (hold, meet, backtrack, recurse, die, bomb, rubbish, raw_bytes, not_finite, chatty, whoami)
     worker.main({**REWARDS, **{reward.__name__: reward for reward in names}})

@@ -249,10 +249,9 @@ class Schedules(RuleBasedStateMachine):
             assert not self.store.rows("SELECT 1 FROM visits WHERE reason = ''")
 
 
-TestSchedules = pytest.mark.timeout(300)(Schedules.TestCase)
+TestSchedules = Schedules.TestCase
 TestSchedules.settings = settings(
     max_examples=60,
     stateful_step_count=50,
-    deadline=None,
     suppress_health_check=(HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large),
 )

@@ -19,7 +19,7 @@ def sampling_error(simulation: Simulation) -> float:
     return 3 * math.sqrt(LONG_SHARE * (1 - LONG_SHARE) / num)
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     max_staleness=st.integers(0, 6),
     groups_per_step=st.integers(1, 8),
