@@ -12,6 +12,7 @@
     ├── DeadlineError               a wait that took too long, with what it waited for
     ├── RefusedError                a peer's refusal, with its reason
     ├── WeightsError                weights that are not what was published
+    ├── EngineError                 the engine failed to do what it was asked
     ├── GateError                   generator and learner disagree on logprobs; exit code 4
     └── StallError                  a run that cannot go on, with what it waits for; exit code 3
 
@@ -73,6 +74,10 @@ class RefusedError(SluiceError):
 
 class WeightsError(SluiceError):
     """Weights, or a delta of them, are not what was published."""
+
+
+class EngineError(SluiceError):
+    """The engine failed to do what it was asked."""
 
 
 class GateError(SluiceError):

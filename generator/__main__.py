@@ -66,7 +66,7 @@ async def generate(config: Config, run_dir: Path, name: str, stop: asyncio.Event
                 task.cancel()
             await rollouts.leave(held)
     finally:
-        engine.shutdown()
+        await engine.close()
     logger().info("stopped")
 
 

@@ -1,25 +1,30 @@
 """The SGLang engine, in this process's event loop: the only module that knows sglang."""
 
+import asyncio
+import atexit
 import base64
-import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from common import wire
 from common.config import Config
-from common.errors import ModelError, SluiceError, WireError
+from common.errors import EngineError, ModelError, WireError
 from common.log import logger
 from common.routes import RouteShape, encode_routes, route_shape
 from common.shape import read_shape
 from common.versions import Version
 from common.wire import Completion, FinishReason, VersionSpan
+from generator.arguments import eos_token_ids, prepare_environment, server_arguments
+from generator.underway import Underway, cancel
 
-_UNLOADED = "0.0"
+KILL_S = 60.0  # the kernel may take long to give a GPU's memory back
 
 
 class Load(NamedTuple):
@@ -34,10 +39,6 @@ class Load(NamedTuple):
     num_running: int
     num_waiting: int
     num_cached_tokens: int
-
-
-class EngineError(SluiceError):
-    """The engine failed to do what it was asked."""
 
 
 class Engine:
@@ -58,14 +59,16 @@ class Engine:
         """
         self.version: Version | None = None
         self._num_tokens = 0
+        self._underway, self._swapping = Underway(), asyncio.Lock()
+        self._patience_s, self._close_s = config.run.stall_timeout_s, config.run.stop_timeout_s / 2
         needs_text = bool(config.sampling.stop or config.evaluation.sampling.stop)
-        self.eos_token_ids = _eos_token_ids(Path(config.model))
+        self.eos_token_ids = eos_token_ids(Path(config.model))
         self._routes = route_shape(read_shape(Path(config.model))) if config.learner.routing_replay else None
-        on_cpu = _prepare_environment()
+        on_cpu = prepare_environment()
         import sglang
 
         try:
-            self._engine: Any = sglang.Engine(**_server_arguments(config, on_cpu, needs_text=needs_text))
+            self._engine: Any = sglang.Engine(**server_arguments(config, on_cpu, needs_text=needs_text))
         except (ValueError, RuntimeError, OSError) as error:
             raise ModelError(f"{config.model}: SGLang cannot load it: {error}") from error
         self._manager = self._engine.tokenizer_manager
@@ -116,7 +119,7 @@ class Engine:
         """The logprob of each token after the first, at temperature 1; past the prefix cache.
 
         Raises:
-            EngineError: The engine refuses the request.
+            EngineError: The engine refuses the request, or does not answer in time.
         """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
@@ -128,7 +131,12 @@ class Engine:
             logprob_start_len=0,
             extra_key=f"probe-{os.urandom(6).hex()}",
         )
-        answer = await self._ask(request)
+        try:
+            async with asyncio.timeout(self._patience_s):
+                answer = await self._ask(request)
+        except TimeoutError as error:
+            waited = f"waited {self._patience_s:g} s for SGLang to say the logprobs of {len(token_ids)} tokens"
+            raise EngineError(waited) from error
         return np.array([logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]], dtype=np.float32)
 
     def num_tokens(self) -> int:
@@ -154,38 +162,71 @@ class Engine:
     async def load(self, manifest: wire.Manifest) -> None:
         """Swaps the weights in place: requests in flight pause, and go on under the new version.
 
+        Once begun, it goes on to its end where the task that asks for it is cancelled.
+
         Raises:
-            EngineError: The engine could not load them; what it holds now is unknown.
+            EngineError: The engine could not load them, or not in time; what it holds now is unknown.
         """
+        what = f"SGLang to load version {manifest.version} from {manifest.path}"
+        await self._underway.to_its_end(self._swap(manifest), what, deadline_s=self._patience_s)
+
+    async def close(self) -> None:
+        """Ends the engine: what is under way first, then its processes, and what SGLang left in this process.
+
+        Raises:
+            EngineError: A process that was killed does not end.
+        """
+        try:
+            await self._underway.finish(deadline_s=self._close_s)
+            await cancel(self._manager.asyncio_tasks)
+        finally:
+            self._end_processes()
+        await self._underway.break_off()
+
+    def _end_processes(self) -> None:
+        """In place of SGLang's own shutdown, which kills every child of this process, whoever started it."""
+        atexit.unregister(self._engine.shutdown)
+        self._manager._subprocess_watchdog.stop()  # it takes the death of a process for a crash, and ends this one
+        contexts = [self._manager.send_to_scheduler.context, self._engine.send_to_rpc.context]
+        try:
+            _kill(self._engine.get_all_child_pids())
+        finally:
+            for context in contexts:
+                context.destroy(linger=0)
+
+    async def _swap(self, manifest: wire.Manifest) -> None:
         from sglang.srt.managers.io_struct import (
             ContinueGenerationReqInput,
             PauseGenerationReqInput,
             UpdateWeightFromDiskReqInput,
         )
 
-        await self._manager.pause_generation(PauseGenerationReqInput(mode="in_place"))
-        try:
-            request = UpdateWeightFromDiskReqInput(
-                model_path=manifest.path, weight_version=str(manifest.version), flush_cache=False
-            )
-            success, message, _ = await self._manager.update_weights_from_disk(request)
-        finally:
-            await self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
-        if not success:
-            raise EngineError(f"{manifest.path}: SGLang could not load version {manifest.version}: {message}")
-        self.version = manifest.version
-
-    def shutdown(self) -> None:
-        """Ends the engine's processes."""
-        self._engine.shutdown()
+        async with self._swapping:  # SGLang has one place for the answer; whoever was cancelled may still hold it
+            await self._manager.pause_generation(PauseGenerationReqInput(mode="in_place"))
+            try:
+                request = UpdateWeightFromDiskReqInput(
+                    model_path=manifest.path, weight_version=str(manifest.version), flush_cache=False
+                )
+                success, message, _ = await self._manager.update_weights_from_disk(request)
+            finally:
+                await self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+            if not success:
+                raise EngineError(f"{manifest.path}: SGLang could not load version {manifest.version}: {message}")
+            self.version = manifest.version
 
     async def _ask(self, request: Any) -> dict[str, Any]:
+        return await self._underway.while_asked(self._answer(request))
+
+    async def _answer(self, request: Any) -> dict[str, Any]:
+        last: dict[str, Any] | None = None
         try:
             async for answer in self._manager.generate_request(request):
-                return answer
+                last = answer  # there is one; what is not exhausted is closed by the loop, some time later
         except ValueError as error:
             raise EngineError(f"SGLang refused {request.rid}: {error}") from error
-        raise EngineError(f"SGLang gave no answer to {request.rid}")
+        if last is None:
+            raise EngineError(f"SGLang gave no answer to {request.rid}")
+        return last
 
     def _sampling_params(self, sampling: wire.Sampling, seed: int) -> dict[str, Any]:
         params: dict[str, Any] = {
@@ -198,6 +239,20 @@ class Engine:
             "skip_special_tokens": False,
         }
         return params | ({"stop": list(sampling.stop)} if sampling.stop else {})
+
+
+def _kill(process_ids: list[int]) -> None:
+    """Kills these processes and what they started, and waits until they are gone."""
+    processes: list[psutil.Process] = []
+    for process_id in process_ids:
+        with suppress(psutil.NoSuchProcess):
+            processes += [process := psutil.Process(process_id), *process.children(recursive=True)]
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=KILL_S)
+    if alive:
+        raise EngineError(f"waited {KILL_S:g} s for processes of SGLang to end that were killed: {alive}")
 
 
 def _unlink_load_snapshot(manager: Any) -> None:
@@ -231,56 +286,3 @@ def _routes_of(answer: dict[str, Any], num_tokens: int, shape: RouteShape) -> by
         return encode_routes(chosen, num_tokens, shape)
     except WireError as error:
         raise EngineError(f"SGLang answered {meta['id']} with wrong routes: {error}") from error
-
-
-def _prepare_environment() -> bool:
-    """Sets what SGLang's processes inherit; returns whether there is no CUDA."""
-    import torch
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if torch.cuda.is_available():
-        return False
-    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-    return True
-
-
-def _server_arguments(config: Config, on_cpu: bool, *, needs_text: bool) -> dict[str, Any]:
-    """SGLang's arguments. It counts all GPUs as tensor ranks, of which copies of attention then take shares."""
-    generator, parallel = config.generator, config.generator.parallel
-    arguments: dict[str, Any] = {
-        "model_path": config.model,
-        "dtype": generator.dtype,
-        "tp_size": parallel.num_gpus,
-        "dp_size": parallel.data,
-        "enable_dp_attention": parallel.data > 1,
-        "ep_size": parallel.expert,
-        "max_running_requests": generator.max_running_requests,
-        "max_total_tokens": generator.max_total_tokens // parallel.data,  # SGLang means that of one copy
-        "mem_fraction_static": generator.memory_share,
-        "chunked_prefill_size": generator.prefill_chunk_tokens,
-        "random_seed": config.seed,
-        "weight_version": _UNLOADED,
-        "skip_tokenizer_init": not needs_text,
-        "log_level": "warning",
-        "host": "127.0.0.1",
-        "enable_return_routed_experts": config.learner.routing_replay,
-    }
-    if on_cpu:
-        arguments |= {
-            "device": "cpu",
-            "attention_backend": "torch_native",
-            "sampling_backend": "pytorch",
-            "disable_overlap_schedule": True,
-            "sleep_on_idle": True,  # else an idle engine keeps a core busy
-        }
-    return arguments
-
-
-def _eos_token_ids(model: Path) -> tuple[int, ...]:
-    """End-of-sequence tokens of generation_config.json and config.json."""
-    found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        if (model / name).exists():
-            value = json.loads((model / name).read_text()).get("eos_token_id")
-            found += value if isinstance(value, list) else [value] if isinstance(value, int) else []
-    return tuple(dict.fromkeys(found))

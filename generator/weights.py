@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from common import wire
 from common.config import GeneratorConfig
-from common.errors import GateError
+from common.errors import EngineError, GateError
 from common.log import bind, logger
 from common.membership import Activity
 from common.transport import Client
-from generator.engine import Engine, EngineError
+from generator.engine import Engine
 
 RETRY_S = 0.2
 
@@ -75,6 +75,7 @@ class Weights:
 
     async def _load(self, manifest: wire.Manifest) -> None:
         began = time.monotonic()
+        logger().info("weights_loading", new_version=str(manifest.version))
         try:
             await self._engine.load(manifest)
         except EngineError:

@@ -1,18 +1,23 @@
 """One engine for all of the generator's tests: it takes twenty seconds to start."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
 from common import wire
 from common.config import Config, GeneratorConfig
 from common.versions import Version
 from generator.engine import Engine
+from tests.generator.bigrams import write_bigram_model
 from tests.models import write_tiny_model
+
+HANG_S = 120  # far more than one busy core needs for anything that the tests wait for
 
 
 class RunningEngine(NamedTuple):
@@ -28,6 +33,17 @@ def manifest(path: Path, version: Version) -> wire.Manifest:
     return wire.Manifest(version=version, path=str(path), size_bytes=1, probe_token_ids=b"", probe_logprobs=b"")
 
 
+async def until(holds: Callable[[], bool | Awaitable[bool]], what: str) -> None:
+    """Waits until something holds, for at most `HANG_S`."""
+    give_up = time.monotonic() + HANG_S
+    while time.monotonic() < give_up:
+        found = holds()
+        if found if isinstance(found, bool) else await found:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"waited {HANG_S} s for {what}")
+
+
 @contextmanager
 def running_engine(config: Config) -> Generator[RunningEngine]:
     """An engine that holds version 0.0 of its model."""
@@ -41,8 +57,11 @@ def running_engine(config: Config) -> Generator[RunningEngine]:
     policy = asyncio.get_event_loop_policy()
     engine = loop.run_until_complete(start())
     asyncio.set_event_loop_policy(policy)  # SGLang makes uvloop everyone's
+    processes = [psutil.Process(process_id) for process_id in engine._engine.get_all_child_pids()]
     yield RunningEngine(engine, loop.run_until_complete, model)
-    engine.shutdown()
+    loop.run_until_complete(engine.close())
+    loop.close()
+    assert not [process for process in processes if process.is_running()]
 
 
 @pytest.fixture(scope="package")  # an idle engine keeps a core busy
@@ -51,3 +70,14 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningEngine
     model = write_tiny_model(tmp_path_factory.mktemp("long") / "model", "qwen3", max_position_embeddings=4096)
     with running_engine(Config(model=str(model), generator=GeneratorConfig(max_total_tokens=16_384))) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def bigrams(running: RunningEngine, tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningEngine]:
+    """The shared engine with other weights, at the version that a new run begins with."""
+    engine = running.engine
+    assert engine.version is not None
+    before, model = engine.version, tmp_path_factory.mktemp("bigrams") / "model"
+    running.run(engine.load(manifest(write_bigram_model(model, running.model), Version(0, 0))))
+    yield running._replace(model=model)
+    running.run(engine.load(manifest(running.model, before.next())))

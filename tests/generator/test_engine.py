@@ -9,11 +9,10 @@ import torch
 
 from common import wire
 from common.config import GeneratorConfig, SamplingConfig
-from common.errors import GateError
+from common.errors import EngineError, GateError
 from common.versions import Version
 from common.vision import declare_vision_operators
 from common.wire import FinishReason
-from generator.engine import EngineError
 from generator.weights import check_gate
 from tests.generator.conftest import RunningEngine, manifest
 from tests.models import write_tiny_model

@@ -5,16 +5,21 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+import psutil
 import pytest
 
 from common import wire
-from common.sections import SamplingConfig
+from common.sections import LeaseConfig, SamplingConfig
+from common.transport import Client
 from common.versions import Version
 from tests.generator.bigrams import ENDLESS, write_bigram_model
+from tests.generator.conftest import HANG_S, until
 from tests.generator.sites import NAME, make_run
 from tests.learner.ledger.roles import ROOT, Learner, serving
 from tests.models import write_tiny_model
@@ -22,42 +27,85 @@ from tests.models import write_tiny_model
 PROBE = np.full(16, ENDLESS, np.int32)  # each is certain after the one before: a logprob of 0
 
 
-@pytest.mark.full
-@pytest.mark.timeout(300)
-def test_a_generator_that_gets_sigterm_gives_its_leases_back_before_it_ends(tmp_path: Path) -> None:
+@asynccontextmanager
+async def generator_of(
+    tmp_path: Path, **changes: Any
+) -> AsyncGenerator[tuple[Client, wire.Publish, subprocess.Popen[bytes]]]:
+    """The ledger of a run of endless answers, its first version, not published yet, and a generator that starts."""
     base = write_tiny_model(tmp_path / "base", "qwen3", max_position_embeddings=4096)
     model = write_bigram_model(tmp_path / "model", base)
     long = SamplingConfig(max_tokens=3000)
-    config = make_run(tmp_path / "run", model, ["b"] * 4, group_size=4, max_staleness=0, sampling=long)
-
-    async def scenario() -> tuple[float, wire.StatusReport, int]:
-        async with serving(tmp_path / "run") as (_, client):
-            learner = Learner(client, config)
-            await learner.begin()
-            probe = {"probe_token_ids": wire.int_bytes(PROBE), "probe_logprobs": wire.float_bytes([0.0] * 15)}
-            manifest = wire.Manifest(version=Version(0, 0), path=str(model), size_bytes=1, **probe)
-            await client.ask(wire.Publish(manifest=manifest), wire.Done, deadline_s=30)
-            generator = start_generator(tmp_path / "run")
+    config = make_run(tmp_path / "run", model, ["b"] * 4, group_size=4, max_staleness=0, sampling=long, **changes)
+    probe = {"probe_token_ids": wire.int_bytes(PROBE), "probe_logprobs": wire.float_bytes([0.0] * 15)}
+    manifest = wire.Manifest(version=Version(0, 0), path=str(model), size_bytes=1, **probe)
+    async with serving(tmp_path / "run") as (_, client):
+        await Learner(client, config).begin()
+        with (tmp_path / "stderr").open("wb") as stderr:
+            generator = start_generator(tmp_path / "run", stderr)
             try:
-                report = await client.ask(wire.Status(), wire.StatusReport, deadline_s=30)
-                while report.accounts["leased"] < 2:
-                    await asyncio.sleep(0.1)
-                    report = await client.ask(wire.Status(), wire.StatusReport, deadline_s=30)
-                generator.send_signal(signal.SIGTERM)
-                stopped = time.monotonic()
-                while report.accounts["leased"]:
-                    await asyncio.sleep(0.02)
-                    report = await client.ask(wire.Status(), wire.StatusReport, deadline_s=30)
-                return time.monotonic() - stopped, report, await asyncio.to_thread(generator.wait, 60)
+                yield client, wire.Publish(manifest=manifest), generator
             finally:
                 generator.kill()
 
-    seconds, report, code = asyncio.run(scenario())
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_a_generator_that_gets_sigterm_gives_its_leases_back_before_it_ends(tmp_path: Path) -> None:
+    lease = LeaseConfig(heartbeat_timeout_s=2 * HANG_S)  # what is given back sooner was not taken for dead
+
+    async def scenario() -> tuple[wire.StatusReport, int]:
+        async with generator_of(tmp_path, lease=lease) as (client, first, generator):
+            await client.ask(first, wire.Done, deadline_s=30)
+            await until(lambda: has_leased(client, 2), "two leases")
+            generator.send_signal(signal.SIGTERM)
+            await until(lambda: has_leased(client, 0), "no leases")
+            code = await asyncio.to_thread(generator.wait, HANG_S)
+            return await client.ask(wire.Status(), wire.StatusReport, deadline_s=30), code
+
+    report, code = asyncio.run(scenario())
     assert code == 0
-    assert (report.accounts["waiting"], report.members) == (2, ())
-    assert seconds < config.lease.heartbeat_timeout_s / 3
+    assert report.accounts["waiting"] == 2
+    assert wire.Role.GENERATOR not in {member.role for member in report.members}
 
 
-def start_generator(run_dir: Path) -> subprocess.Popen[bytes]:
+def test_a_generator_that_is_stopped_while_it_loads_ends_after_the_load_and_says_nothing(tmp_path: Path) -> None:
+    """The scheduler's process stands still meanwhile, so that the load takes as long as the test wants."""
+    log = tmp_path / "run" / "logs" / f"{NAME}.jsonl"
+
+    def has_logged(event: str) -> bool:
+        return log.exists() and f'"event": "{event}"' in log.read_text()
+
+    async def scenario() -> tuple[int, int]:
+        async with generator_of(tmp_path) as (client, first, generator):
+            await until(lambda: has_logged("ready"), "the engine")
+            started = psutil.Process(generator.pid).children(recursive=True)
+            (scheduler,) = [process for process in started if "scheduler" in process.name()]
+            scheduler.suspend()
+            await client.ask(first, wire.Done, deadline_s=30)
+            await until(lambda: has_logged("weights_loading"), "the load to begin")
+            num_bytes = (tmp_path / "stderr").stat().st_size
+            generator.send_signal(signal.SIGTERM)
+            await until(lambda: has_logged("engine_finishes"), "the generator to wait for the load")
+            scheduler.resume()
+            code = await asyncio.to_thread(generator.wait, HANG_S)
+            await until(lambda: not any(process.is_running() for process in started), "its processes to end")
+            return code, num_bytes
+
+    code, num_bytes = asyncio.run(scenario())
+    assert code == 0
+    assert has_logged("stopped")
+    assert not has_logged("engine_given_up")
+    said = (tmp_path / "stderr").read_text()[num_bytes:]
+    lines = [line for line in said.splitlines() if line and "loading shards" not in line]  # SGLang's bar of a load
+    assert lines == []
+
+
+async def has_leased(client: Client, num: int) -> bool:
+    report = await client.ask(wire.Status(), wire.StatusReport, deadline_s=30)
+    return report.accounts["leased"] == num
+
+
+def start_generator(run_dir: Path, stderr: BinaryIO) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "generator", str(run_dir), NAME], cwd=ROOT, env=environment)
+    command = [sys.executable, "-m", "generator", str(run_dir), NAME]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr)

@@ -2,12 +2,9 @@
 
 import asyncio
 import re
-import time
-from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
 
 import msgspec
-import pytest
 
 from common import wire
 from common.sections import EvaluationConfig, GeneratorConfig, LeaseConfig, SamplingConfig
@@ -15,8 +12,8 @@ from common.versions import Version
 from generator.engine import Engine
 from learner.ledger.audit import audit
 from learner.ledger.leases import lease_seed
-from tests.generator.bigrams import END, SHORT, write_bigram_model
-from tests.generator.conftest import RunningEngine, manifest
+from tests.generator.bigrams import END, SHORT
+from tests.generator.conftest import RunningEngine, until
 from tests.generator.sites import Site, make_run, site
 from tests.groups import completion, grade, training_group
 from tests.learner.ledger.roles import Fleet
@@ -24,28 +21,6 @@ from tests.learner.ledger.roles import Fleet
 LATE = LeaseConfig(completion_timeout_s=1.5, max_attempts=2)
 ANSWERS = SamplingConfig(max_tokens=1000)
 LONGER = SamplingConfig(max_tokens=4000)
-
-
-@pytest.fixture(scope="module")
-def bigrams(running: RunningEngine, tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningEngine]:
-    """The shared engine with other weights, at the version that a new run begins with."""
-    engine = running.engine
-    assert engine.version is not None
-    before, model = engine.version, tmp_path_factory.mktemp("bigrams") / "model"
-    running.run(engine.load(manifest(write_bigram_model(model, running.model), Version(0, 0))))
-    yield running._replace(model=model)
-    running.run(engine.load(manifest(running.model, before.next())))
-
-
-async def until(holds: Callable[[], bool | Awaitable[bool]], what: str) -> None:
-    """Waits until something holds, for at most 20 s."""
-    give_up = time.monotonic() + 20
-    while time.monotonic() < give_up:
-        found = holds()
-        if found if isinstance(found, bool) else await found:
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"waited 20 s for {what}")
 
 
 async def most_tokens_until_idle(engine: Engine) -> int:

@@ -1,0 +1,63 @@
+"""What SGLang is told when it starts."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+
+UNLOADED = "0.0"
+
+
+def prepare_environment() -> bool:
+    """Sets what SGLang's processes inherit; returns whether there is no CUDA."""
+    import torch
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if torch.cuda.is_available():
+        return False
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    return True
+
+
+def server_arguments(config: Config, on_cpu: bool, *, needs_text: bool) -> dict[str, Any]:
+    """SGLang's arguments. It counts all GPUs as tensor ranks, of which copies of attention then take shares."""
+    generator, parallel = config.generator, config.generator.parallel
+    arguments: dict[str, Any] = {
+        "model_path": config.model,
+        "dtype": generator.dtype,
+        "tp_size": parallel.num_gpus,
+        "dp_size": parallel.data,
+        "enable_dp_attention": parallel.data > 1,
+        "ep_size": parallel.expert,
+        "max_running_requests": generator.max_running_requests,
+        "max_total_tokens": generator.max_total_tokens // parallel.data,  # SGLang means that of one copy
+        "mem_fraction_static": generator.memory_share,
+        "chunked_prefill_size": generator.prefill_chunk_tokens,
+        "random_seed": config.seed,
+        "weight_version": UNLOADED,
+        "skip_tokenizer_init": not needs_text,
+        "log_level": "warning",
+        "host": "127.0.0.1",
+        "enable_return_routed_experts": config.learner.routing_replay,
+    }
+    if on_cpu:
+        arguments |= {
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            "sampling_backend": "pytorch",
+            "disable_overlap_schedule": True,
+            "sleep_on_idle": True,  # else an idle engine keeps a core busy
+        }
+    return arguments
+
+
+def eos_token_ids(model: Path) -> tuple[int, ...]:
+    """End-of-sequence tokens of generation_config.json and config.json."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        if (model / name).exists():
+            value = json.loads((model / name).read_text()).get("eos_token_id")
+            found += value if isinstance(value, list) else [value] if isinstance(value, int) else []
+    return tuple(dict.fromkeys(found))
