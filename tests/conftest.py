@@ -1,15 +1,14 @@
 """What all tests share: a tiny model that the engine and the learner load, and where the minutes went."""
 
-import asyncio
-import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.leaks import nothing_left_open
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")  # how fast a busy machine is says nothing of the code
@@ -36,23 +35,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nothing_stays_open() -> Iterator[None]:
-    """A module leaves no task pending and no socket open, whatever the garbage collector has met by then."""
-    before = _open_sockets()
-    yield
-    gc.collect()
-    pending = [found for found in gc.get_objects() if issubclass(type(found), asyncio.Task) and not found.done()]
-    assert not pending
-    assert not _open_sockets() - before
-
-
-def _open_sockets() -> set[str]:
-    """This process's, by the kernel's names."""
-    names: set[str] = set()
-    for path in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # the listing's own
-            names.add(str(path.readlink()))
-    return {name for name in names if name.startswith("socket:")}
+def module_leaves_nothing_open() -> Iterator[None]:
+    """What the garbage collector would complain of in whichever test it runs is found where it comes from."""
+    with nothing_left_open():
+        yield
 
 
 @pytest.fixture(scope="session")
