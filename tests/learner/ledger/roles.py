@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import pytest
 
 from common import transport, wire
@@ -49,14 +47,6 @@ class LedgerProcess:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._process: subprocess.Popen[bytes] | None = None
-
-    def limit_memory(self, num_bytes: int) -> None:
-        """From now on it may have so many bytes more than it has asked the kernel for, used or not."""
-        assert self._process is not None
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        (held,) = re.findall(r"^VmData:\s+(\d+) kB$", status, re.MULTILINE)
-        most = (int(held) << 10) + num_bytes
-        psutil.Process(self._process.pid).rlimit(psutil.RLIMIT_DATA, (most, most))
 
     def start(self) -> None:
         self._process = subprocess.Popen(

@@ -20,7 +20,7 @@ STATUS = wire.Status()
 class Attacker:
     """A DEALER that sends what it likes. Use as a context manager."""
 
-    def __init__(self, run_dir: Path, keys: RunKeys | None, server: str = "") -> None:
+    def __init__(self, run_dir: Path, keys: RunKeys | None, server: str = "", *, address: str = "") -> None:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
@@ -28,7 +28,7 @@ class Attacker:
             self._socket.curve_publickey, self._socket.curve_secretkey = keys.public.encode(), keys.secret.encode()
             self._socket.curve_serverkey = (server or RunKeys.load(run_dir).public).encode()
         self._ended = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._socket.connect(Rendezvous.read(run_dir).address)
+        self._socket.connect(address or Rendezvous.read(run_dir).address)
 
     def __enter__(self) -> Self:
         return self
@@ -49,6 +49,32 @@ class Attacker:
     async def connection_ended(self) -> None:
         """Waits until the other side has ended the connection once more."""
         await self._ended.recv_multipart()
+
+
+@asynccontextmanager
+async def strait(run_dir: Path, max_bytes: int) -> AsyncGenerator[str]:
+    """The address of a way to the ledger that lets only the first bytes of a connection through, and all that is back.
+
+    A connection ends when the ledger ends it.
+    """
+    host, port = Rendezvous.read(run_dir).address.removeprefix("tcp://").split(":")
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_ledger, to_ledger = await asyncio.open_connection(host, int(port))
+        async with asyncio.TaskGroup() as ways:
+            ways.create_task(_pass_on(reader, to_ledger, max_bytes))
+            await _pass_on(from_ledger, writer, 1 << 60)
+        to_ledger.close()
+        writer.close()
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+        yield f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def _pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter, num_bytes: int) -> None:
+    while num_bytes and (data := await source.read(min(num_bytes, 1 << 16))):
+        target.write(data)
+        num_bytes -= len(data)
 
 
 @asynccontextmanager
