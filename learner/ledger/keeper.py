@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from common import wire
@@ -32,6 +32,7 @@ class Keeper:
     All changes happen inside `stored` blocks, which do not await: requests cannot see each other's halves.
 
     Attributes:
+        clock: Says the seconds since the epoch.
         store: The run's file.
         config: Of the run.
         ledger: The training visits.
@@ -46,9 +47,12 @@ class Keeper:
         failed: Set with the error when the file cannot be used any more: nothing may be answered after that.
     """
 
-    def __init__(self, store: Store, config: Config, *, incarnation: int) -> None:
+    def __init__(
+        self, store: Store, config: Config, *, incarnation: int, clock: Callable[[], float] = time.time
+    ) -> None:
         """State as it was stored; `incarnation` is how often the ledger has started."""
-        now = time.time()
+        self.clock = clock
+        now = clock()
         self.store, self.config = store, config
         self.ledger = store.ledger(config, now)
         self.evaluations = store.evaluations(config, now)
@@ -60,7 +64,7 @@ class Keeper:
         self._directory: wire.Directory | None = None
         self._syncing = asyncio.Lock()
         self.held = HeldRequests()
-        self.activity = Activity()
+        self.activity = Activity(clock)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @contextmanager
@@ -116,10 +120,10 @@ class Keeper:
 
     async def keep_time(self) -> None:
         """Ends what is overdue, until cancelled; after a standstill of the ledger, others first get time to beat."""
-        timeout_s, last, patience = self.config.lease.heartbeat_timeout_s, time.time(), 0.0
+        timeout_s, last, patience = self.config.lease.heartbeat_timeout_s, self.clock(), 0.0
         while True:
             await asyncio.sleep(TICK_S)
-            now = time.time()
+            now = self.clock()
             busy_s = sum(span.end - span.start for span in self.activity.take().busy)
             self.overlap.add(Role.LEDGER, wire.Span(now - busy_s, now))
             if now - last > TICK_S + LATE_S:

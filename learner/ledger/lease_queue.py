@@ -1,7 +1,6 @@
 """Leases for generators, and the requests that wait for one."""
 
 import asyncio
-import time
 from typing import NamedTuple
 
 from common import wire
@@ -99,7 +98,7 @@ class LeaseQueue:
 
     def _grant(self, request: wire.LeaseRequest) -> _Leases:
         """Evaluations first, then training."""
-        now, room = time.time(), request.room
+        now, room = self._keeper.clock(), request.room
         with self._keeper.stored():
             evaluations = self._keeper.evaluations.grant(request.name, request.version, room, now)
             visits = self._keeper.ledger.grant(request.name, request.version, room - len(evaluations), now)

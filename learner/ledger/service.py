@@ -39,6 +39,7 @@ class LedgerService:
         run: str,
         incarnation: int,
         refused: Callable[[], dict[str, int]],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """State as it was stored.
 
@@ -48,8 +49,9 @@ class LedgerService:
             run: The run's public key.
             incarnation: How often the ledger has started.
             refused: What was turned away so far, by kind.
+            clock: Says the seconds since the epoch.
         """
-        self.keeper = Keeper(store, config, incarnation=incarnation)
+        self.keeper = Keeper(store, config, incarnation=incarnation, clock=clock)
         self.leases = LeaseQueue(self.keeper)
         self._run, self._incarnation, self._refused = run, incarnation, refused
         self._peers, self._pin_wait = Peers(self.keeper.fleet, store), PinWait(config)
@@ -103,7 +105,7 @@ class LedgerService:
         self.leases.leave(hello.name)
         with self.keeper.stored():
             num_freed = self.keeper.ledger.free(hello.name) + self.keeper.evaluations.free(hello.name)
-            self.keeper.fleet.join(hello, time.time(), peer)
+            self.keeper.fleet.join(hello, self.keeper.clock(), peer)
             self.keeper.store.save_member(hello.name, hello.role.value, hello.endpoint)
             self._peers.joined(peer, hello)
         logger().info("member_joined", member=hello.name, freed=num_freed)
@@ -113,7 +115,7 @@ class LedgerService:
         return wire.Welcome(incarnation=self._incarnation)
 
     async def _beat(self, beat: wire.Beat) -> wire.BeatAnswer:
-        now = time.time()
+        now = self.keeper.clock()
         with self.keeper.activity.working():
             if not self.keeper.fleet.beat(beat, now):
                 return wire.BeatAnswer(cancelled=(), known=False)
@@ -138,7 +140,7 @@ class LedgerService:
         return changed or keeper.directory()
 
     async def _status(self, status: wire.Status) -> wire.StatusReport:
-        now = time.time()
+        now = self.keeper.clock()
         overlap_share, busy_shares = self.keeper.overlap.shares(now)
         filtered, num_visits = self.keeper.store.filtered(), self.keeper.ledger.head().num_visits
         return wire.StatusReport(
@@ -203,7 +205,7 @@ class LedgerService:
 
     async def _reserve(self, reserve: wire.Reserve) -> wire.Batch:
         if visits := await self.keeper.held.wait(Topic.BATCH, lambda: self._batch(reserve)):
-            self.keeper.overlap.begin_step(time.time())
+            self.keeper.overlap.begin_step(self.keeper.clock())
             return wire.Batch(version=reserve.version, visits=visits)
         waiting_for = batch_waits_for(self.keeper.config, self.keeper.ledger, self.keeper.fleet)
         return wire.Batch(version=reserve.version, visits=(), waiting_for=waiting_for or "its turn")
@@ -211,7 +213,7 @@ class LedgerService:
     def _batch(self, reserve: wire.Reserve) -> tuple[int, ...]:
         with self.keeper.stored():
             visits = self.keeper.ledger.reserve(reserve.version, reserve.num_groups)
-        self._pin_wait.look(self.keeper.ledger, reserve.version if visits else None, time.time())
+        self._pin_wait.look(self.keeper.ledger, reserve.version if visits else None, self.keeper.clock())
         return tuple(visit.number for visit in visits)
 
     async def _fetch(self, fetch: wire.Fetch) -> wire.Message:
@@ -232,7 +234,7 @@ class LedgerService:
         with self.keeper.stored():
             sequence = self.keeper.ledger.commit(commit.version, commit.visits)
         await self.keeper.sync()
-        self.keeper.overlap.end_step(time.time())
+        self.keeper.overlap.end_step(self.keeper.clock())
         version = str(commit.version.next())
         logger().info("step_committed", version=version, sequence=sequence, num_groups=len(commit.visits))
         return wire.Committed(sequence=sequence, num_visits=self.keeper.ledger.head().num_visits)
@@ -263,7 +265,7 @@ class LedgerService:
                 f"found an evaluation of {evaluate.version}, expected one up to {self.keeper.ledger.track.current}"
             )
         with self.keeper.stored():
-            self.keeper.evaluations.ask(evaluate.version, time.time())
+            self.keeper.evaluations.ask(evaluate.version, self.keeper.clock())
         return wire.Done()
 
     async def _finish(self, finish: wire.Finish) -> wire.Finished:

@@ -2,75 +2,106 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Self
 
 import zmq.asyncio
 
 from common import wire
 from common.rendezvous import Rendezvous, RunKeys
-from common.transport import SILENCE_S, Client
+from common.transport import Client
+from tests.clocks import PATIENCE_S
 
 STATUS = wire.Status()
 
 
 class Attacker:
-    """A DEALER that sends what it likes."""
+    """A DEALER that sends what it likes. Use as a context manager."""
 
-    def __init__(self, run_dir: Path, keys: RunKeys | None, server: str = "") -> None:
-        self.context = zmq.asyncio.Context()
-        self._socket = self.context.socket(zmq.DEALER)
+    def __init__(self, run_dir: Path, keys: RunKeys | None, server: str = "", *, address: str = "") -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
         if keys is not None:
             self._socket.curve_publickey, self._socket.curve_secretkey = keys.public.encode(), keys.secret.encode()
             self._socket.curve_serverkey = (server or RunKeys.load(run_dir).public).encode()
-        self._socket.connect(Rendezvous.read(run_dir).address)
+        self._ended = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.connect(address or Rendezvous.read(run_dir).address)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.destroy(linger=0)
 
     async def send(self, *frames: bytes) -> None:
         await self._socket.send_multipart(frames)
 
     async def ask(self, data: bytes) -> wire.Message:
-        await self.send(b"request0", data)
-        while not (answer := (await asyncio.wait_for(self._socket.recv_multipart(), 10))[1]):
+        """The answer, which comes after all that was sent before has been taken up."""
+        await self.send(b"question", data)
+        while (answer := await self._socket.recv_multipart())[0] != b"question":
             pass
-        return wire.decode(answer)
+        return wire.decode(answer[1])
 
-    def close(self) -> None:
-        self.context.destroy(linger=0)
+    async def connection_ended(self) -> None:
+        """Waits until the other side has ended the connection once more."""
+        await self._ended.recv_multipart()
+
+
+@asynccontextmanager
+async def strait(run_dir: Path, max_bytes: int) -> AsyncGenerator[str]:
+    """The address of a way to the ledger that lets only the first bytes of a connection through, and all that is back.
+
+    A connection ends when the ledger ends it.
+    """
+    host, port = Rendezvous.read(run_dir).address.removeprefix("tcp://").split(":")
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_ledger, to_ledger = await asyncio.open_connection(host, int(port))
+        async with asyncio.TaskGroup() as ways:
+            ways.create_task(_pass_on(reader, to_ledger, max_bytes))
+            await _pass_on(from_ledger, writer, 1 << 60)
+        to_ledger.close()
+        writer.close()
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+        yield f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def _pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter, num_bytes: int) -> None:
+    while num_bytes and (data := await source.read(min(num_bytes, 1 << 16))):
+        target.write(data)
+        num_bytes -= len(data)
 
 
 @asynccontextmanager
 async def undisturbed(client: Client) -> AsyncGenerator[None]:
-    """A healthy peer on the same socket is answered all the while, before it would take the ledger for dead."""
+    """A healthy peer on the same socket is answered all the while; how soon, `tests/bench` says."""
 
-    async def ask() -> int:
-        for number in range(1_000_000):
-            began = time.monotonic()
-            await client.ask_once(STATUS, wire.StatusReport, silence_s=SILENCE_S)
-            assert time.monotonic() - began < SILENCE_S
-            if done.is_set():
-                return number
+    async def ask() -> None:
+        while not done.is_set():
+            await client.ask_once(STATUS, wire.StatusReport, silence_s=PATIENCE_S)
+            answered.set()
             await asyncio.sleep(0.01)
-        raise AssertionError
 
-    done = asyncio.Event()
+    done, answered = asyncio.Event(), asyncio.Event()
     asking = asyncio.create_task(ask())
-    await asyncio.sleep(0)
     yield
+    answered.clear()
+    await answered.wait()
     done.set()
-    assert await asking > 0
+    await asking
 
 
 async def refused(client: Client) -> dict[str, int]:
-    return (await client.ask(STATUS, wire.StatusReport, deadline_s=30)).refused
+    return (await client.ask(STATUS, wire.StatusReport, deadline_s=PATIENCE_S)).refused
 
 
 async def wait_for(client: Client, kind: str, count: int) -> None:
-    until = time.monotonic() + 10
-    while (found := (await refused(client))[kind]) < count:
-        assert time.monotonic() < until, f"{found} {kind}, expected {count}"
+    while (await refused(client))[kind] < count:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
 
 

@@ -11,6 +11,7 @@ from common.learning import LearnerConfig
 from common.versions import Version
 from learner.link import LedgerLink
 from learner.shared import NO_COMMIT
+from tests.clocks import PATIENCE_S
 from tests.learner.ledger.roles import Fleet, Learner, MakeGroup, MakeRun, serving
 
 
@@ -35,7 +36,7 @@ def test_the_ledger_hears_at_the_start_of_a_checkpoint_that_it_was_not_told_of(
 
 
 def _begin(run_dir: Path) -> None:
-    with LedgerLink(run_dir, stall_timeout_s=30, should_stop=lambda: False) as link:
+    with LedgerLink(run_dir, stall_timeout_s=PATIENCE_S, should_stop=lambda: False) as link:
         with pytest.raises(RunDirectoryError, match=r"knows of 3 visits, expected at most the 2 that were handed out"):
             link.begin(Version(0, 1), wire.Committed(sequence=1, num_visits=3))
         version, _ = link.begin(Version(0, 1), wire.Committed(sequence=1, num_visits=2))
