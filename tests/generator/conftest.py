@@ -68,7 +68,7 @@ def running_engine(config: Config) -> Generator[RunningEngine]:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningEngine]:
     """An engine of the tiny model, with room for long answers."""
     model = write_tiny_model(tmp_path_factory.mktemp("long") / "model", "qwen3", max_position_embeddings=4096)
-    with running_engine(Config(model=str(model), generator=GeneratorConfig(max_total_tokens=16_384))) as running:
+    with running_engine(Config(model=str(model), generator=GeneratorConfig())) as running:
         yield running
 
 

@@ -39,7 +39,8 @@ async def generator_of(
     probe = {"probe_token_ids": wire.int_bytes(PROBE), "probe_logprobs": wire.float_bytes([0.0] * 15)}
     manifest = wire.Manifest(version=Version(0, 0), path=str(model), size_bytes=1, **probe)
     async with serving(tmp_path / "run") as (_, client):
-        await Learner(client, config).begin()
+        await Learner(client, config).hello()
+        await client.ask(wire.Begin(checkpoint=None, sequence=0), wire.Begun, deadline_s=30)
         with (tmp_path / "stderr").open("wb") as stderr:
             generator = start_generator(tmp_path / "run", stderr)
             try:

@@ -18,7 +18,7 @@ from tests.generator.bigrams import ENDLESS
 from tests.generator.conftest import HANG_S, RunningEngine, manifest, until
 
 PROMPT = np.array([2, 9, 12, 6, 7, 15], dtype=np.int32)
-SHORT, LONG = (SamplingConfig(max_tokens=num).on_wire() for num in (8, 1500))
+SHORT, LONG = (SamplingConfig(max_tokens=num).on_wire() for num in (8, 2000))
 
 
 @asynccontextmanager
@@ -139,7 +139,7 @@ def test_a_gate_that_is_broken_off_is_stopped_in_the_engine(running: RunningEngi
     running.run(scenario())
 
 
-def test_a_request_whose_abort_is_under_way_may_be_cancelled(bigrams: RunningEngine) -> None:
+def test_an_aborted_request_ends_at_once_and_may_be_cancelled_meanwhile(bigrams: RunningEngine) -> None:
     engine, endless = bigrams.engine, np.array([ENDLESS], dtype=np.int32)
 
     async def scenario() -> None:
