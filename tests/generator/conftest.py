@@ -15,6 +15,7 @@ from common.config import Config, GeneratorConfig
 from common.versions import Version
 from generator.engine import Engine
 from tests.generator.bigrams import write_bigram_model
+from tests.leaks import nothing_left_open
 from tests.models import write_tiny_model
 
 HANG_S = 120  # far more than one busy core needs for anything that the tests wait for
@@ -42,6 +43,13 @@ async def until(holds: Callable[[], bool | Awaitable[bool]], what: str) -> None:
             return
         await asyncio.sleep(0.02)
     raise AssertionError(f"waited {HANG_S} s for {what}")
+
+
+@pytest.fixture(autouse=True, scope="package")
+def module_leaves_nothing_open() -> Generator[None]:
+    """Modules share an engine, with its tasks and sockets; when it is closed, nothing of it is left."""
+    with nothing_left_open():
+        yield
 
 
 @contextmanager
