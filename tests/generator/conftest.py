@@ -68,6 +68,9 @@ def running_engine(config: Config) -> Generator[RunningEngine]:
     processes = [psutil.Process(process_id) for process_id in engine._engine.get_all_child_pids()]
     yield RunningEngine(engine, loop.run_until_complete, model)
     loop.run_until_complete(engine.close())
+    assert not asyncio.all_tasks(loop)
+    assert engine._manager.recv_from_detokenizer.closed
+    assert engine._manager.send_to_scheduler.closed
     loop.close()
     assert not [process for process in processes if process.is_running()]
 
