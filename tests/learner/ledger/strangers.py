@@ -48,7 +48,8 @@ class Attacker:
 
     async def connection_ended(self) -> None:
         """Waits until the other side has ended the connection once more."""
-        await self._ended.recv_multipart()
+        async with asyncio.timeout(PATIENCE_S):
+            await self._ended.recv_multipart()
 
 
 @asynccontextmanager
@@ -58,17 +59,24 @@ async def strait(run_dir: Path, max_bytes: int) -> AsyncGenerator[str]:
     A connection ends when the ledger ends it.
     """
     host, port = Rendezvous.read(run_dir).address.removeprefix("tcp://").split(":")
+    ends: list[asyncio.StreamWriter] = []
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_ledger, to_ledger = await asyncio.open_connection(host, int(port))
+        ends.extend((to_ledger, writer))
         async with asyncio.TaskGroup() as ways:
             ways.create_task(_pass_on(reader, to_ledger, max_bytes))
             await _pass_on(from_ledger, writer, 1 << 60)
         to_ledger.close()
         writer.close()
 
-    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+    try:
         yield f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for end in ends:
+            end.close()
 
 
 async def _pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter, num_bytes: int) -> None:
