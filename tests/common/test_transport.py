@@ -52,6 +52,14 @@ def test_a_client_of_another_run_gets_no_answer(tmp_path: Path) -> None:
                     await comes_about(lambda: service.refusals.counts["connections"] > before, "a refusal")  # noqa: B023
                     assert not asking.done()
                     asking.cancel()
+            before = service.refusals.counts["connections"]
+            with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as stranger:
+                stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
+                stranger.curve_serverkey = ours.public.encode()  # which is no secret: only the list of keys is left
+                stranger.linger = 0
+                stranger.connect(service.endpoint)
+                await stranger.send_multipart([b"request0", wire.encode(STATUS)])
+                await comes_about(lambda: heard or service.refusals.counts["connections"] > before, "a refusal")
             async with Client(lambda: service.endpoint, keys=ours, name="service") as client:
                 await client.ask(STATUS, wire.Done, deadline_s=PATIENCE_S)
             serving.cancel()
