@@ -29,7 +29,8 @@ test: setup check
 # ONLY is one of pytest's markers (pyproject.toml), or an expression of them; `faults` writes docs/reliability.md's table.
 ONLY ?=
 test-full: setup
-	$(BIN)/python -m pytest $(if $(ONLY),-m "$(ONLY)",--cov) --reliability docs/reliability.md
+	$(BIN)/python -m pytest $(if $(ONLY),-m "$(ONLY)",--cov) \
+		--hypothesis-profile new-examples --reliability docs/reliability.md
 
 bench: setup
 	$(BIN)/python -m tests.bench --all --write docs/benchmarks.md
