@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from common import wire
 from common.config import Config
-from common.errors import EngineError, ModelError, WireError
+from common.errors import DeadlineError, EngineError, ModelError, WireError
 from common.log import logger
 from common.routes import RouteShape, encode_routes, route_shape
 from common.shape import read_shape
@@ -119,7 +119,8 @@ class Engine:
         """The logprob of each token after the first, at temperature 1; past the prefix cache.
 
         Raises:
-            EngineError: The engine refuses the request, or does not answer in time.
+            EngineError: The engine refuses the request.
+            DeadlineError: It does not answer in time.
         """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
@@ -136,7 +137,7 @@ class Engine:
                 answer = await self._ask(request)
         except TimeoutError as error:
             waited = f"waited {self._patience_s:g} s for SGLang to say the logprobs of {len(token_ids)} tokens"
-            raise EngineError(waited) from error
+            raise DeadlineError(waited) from error
         return np.array([logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]], dtype=np.float32)
 
     def num_tokens(self) -> int:
@@ -165,7 +166,8 @@ class Engine:
         Once begun, it goes on to its end where the task that asks for it is cancelled.
 
         Raises:
-            EngineError: The engine could not load them, or not in time; what it holds now is unknown.
+            EngineError: The engine could not load them; what it holds now is unknown.
+            DeadlineError: It has not loaded them within `run.stall_timeout_s`.
         """
         what = f"SGLang to load version {manifest.version} from {manifest.path}"
         await self._underway.to_its_end(self._swap(manifest), what, deadline_s=self._patience_s)
@@ -180,8 +182,10 @@ class Engine:
             await self._underway.finish(deadline_s=self._close_s)
             await cancel(self._manager.asyncio_tasks)
         finally:
-            self._end_processes()
-        await self._underway.break_off()
+            try:
+                self._end_processes()
+            finally:
+                await self._underway.break_off()
 
     def _end_processes(self) -> None:
         """In place of SGLang's own shutdown, which kills every child of this process, whoever started it."""

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from common.errors import EngineError
+from common.errors import DeadlineError, EngineError
 from common.log import logger
 
 CANCEL_S = 5.0
@@ -28,19 +28,20 @@ class Underway:
         """The result of a request that goes on where whoever asks is cancelled or waits no longer.
 
         Args:
-            request: To the engine's control.
-            what: It waits for.
+            request: A request to the engine's control.
+            what: What it waits for, for the message.
             deadline_s: How long whoever asks waits.
 
         Raises:
-            EngineError: It has not ended in time, or the engine is closed.
+            DeadlineError: It has not ended in time.
+            EngineError: The engine is closed.
         """
         task = self._begin(request)
         self._to_their_end[task] = what
         task.add_done_callback(self._ended)
         await asyncio.wait({task}, timeout=deadline_s)  # which cancels no task
         if not task.done():
-            raise EngineError(f"waited {deadline_s:g} s for {what}")
+            raise DeadlineError(f"waited {deadline_s:g} s for {what}")
         return task.result()
 
     async def while_asked(self, request: Coroutine[Any, Any, T]) -> T:

@@ -61,6 +61,7 @@ class Weights:
         Raises:
             GateError: The engine's logprobs are not the learner's.
             EngineError: The engine could not load the newest version, which is still there.
+            DeadlineError: It takes too long: a load that hangs would hold up the next one, too.
         """
         while True:
             self._changed.clear()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-PATIENCE_S = 300.0  # of a wait for what must come: it measures nothing, and only ends a test that hangs
+PATIENCE_S = 900.0  # of a wait for what must come: it measures nothing, and only ends a test that hangs
 _TURNS = 100
 
 

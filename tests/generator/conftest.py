@@ -14,11 +14,10 @@ from common import wire
 from common.config import Config, GeneratorConfig
 from common.versions import Version
 from generator.engine import Engine
+from tests.clocks import PATIENCE_S
 from tests.generator.bigrams import write_bigram_model
-from tests.leaks import nothing_left_open
+from tests.leaks import living, nothing_left_open
 from tests.models import write_tiny_model
-
-HANG_S = 120  # far more than one busy core needs for anything that the tests wait for
 
 
 class RunningEngine(NamedTuple):
@@ -35,14 +34,14 @@ def manifest(path: Path, version: Version) -> wire.Manifest:
 
 
 async def until(holds: Callable[[], bool | Awaitable[bool]], what: str) -> None:
-    """Waits until something holds, for at most `HANG_S`."""
-    give_up = time.monotonic() + HANG_S
+    """Waits until something holds, for at most `PATIENCE_S`."""
+    give_up = time.monotonic() + PATIENCE_S
     while time.monotonic() < give_up:
         found = holds()
         if found if isinstance(found, bool) else await found:
             return
         await asyncio.sleep(0.02)
-    raise AssertionError(f"waited {HANG_S} s for {what}")
+    raise AssertionError(f"waited {PATIENCE_S:g} s for {what}")
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -72,7 +71,7 @@ def running_engine(config: Config) -> Generator[RunningEngine]:
     assert engine._manager.recv_from_detokenizer.closed
     assert engine._manager.send_to_scheduler.closed
     loop.close()
-    assert not [process for process in processes if process.is_running()]
+    assert not living(processes)
 
 
 @pytest.fixture(scope="package")  # an idle engine keeps a core busy

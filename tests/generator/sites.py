@@ -18,6 +18,7 @@ from generator.engine import Engine
 from generator.handover import Handover
 from generator.rollouts import Rollouts
 from generator.weights import Weights
+from tests.clocks import PATIENCE_S
 from tests.groups import grade
 from tests.learner.ledger.roles import Learner, serving
 
@@ -41,7 +42,7 @@ class Verifier:
         self.groups.append(request)
         grades = tuple(grade(float(i % 2)) for i in range(len(request.completions)))
         scored = wire.ScoredGroup(group=request, grades=grades, verifier="verifier-0")
-        return await self._ledger.ask(scored, wire.Verdict, deadline_s=30)
+        return await self._ledger.ask(scored, wire.Verdict, deadline_s=PATIENCE_S)
 
 
 class Site(NamedTuple):
@@ -54,7 +55,7 @@ class Site(NamedTuple):
     stop: Callable[[], None]
 
     async def status(self) -> wire.StatusReport:
-        return await self.ledger.ask(wire.Status(), wire.StatusReport, deadline_s=30)
+        return await self.ledger.ask(wire.Status(), wire.StatusReport, deadline_s=PATIENCE_S)
 
 
 def make_run(run_dir: Path, model: Path, prompts: list[str], **values: Any) -> Config:
@@ -78,7 +79,7 @@ async def site(engine: Engine, run_dir: Path, config: Config) -> AsyncGenerator[
         verifier, learner, handover = Verifier(client), Learner(client, config), Handover(keys, activity)
         rollouts = Rollouts(NAME, engine, client, handover, config, activity)
         weights = Weights(
-            engine, client, config.generator, activity, before_load=rollouts.finish_pinned, deadline_s=30.0
+            engine, client, config.generator, activity, before_load=rollouts.finish_pinned, deadline_s=PATIENCE_S
         )
         weights.ready.set()
         hello = wire.Hello(role=wire.Role.GENERATOR, name=NAME, run=keys.public)
@@ -86,7 +87,7 @@ async def site(engine: Engine, run_dir: Path, config: Config) -> AsyncGenerator[
             client,
             hello,
             activity,
-            deadline_s=30.0,
+            deadline_s=PATIENCE_S,
             holds=rollouts.holds,
             finished=rollouts.finished,
             cancel=rollouts.cancel,
@@ -95,7 +96,7 @@ async def site(engine: Engine, run_dir: Path, config: Config) -> AsyncGenerator[
         await learner.begin()
         async with Service(verifier.handle, keys=keys) as service, asyncio.TaskGroup() as tasks:
             hello = wire.Hello(role=wire.Role.VERIFIER, name="verifier-0", run=keys.public, endpoint=service.endpoint)
-            verifiers = Membership(client, hello, Activity(), deadline_s=30.0)
+            verifiers = Membership(client, hello, Activity(), deadline_s=PATIENCE_S)
             await verifiers.join()
             parts = (service.serve(), membership.keep(), verifiers.keep(), rollouts.work(weights))
             working = [tasks.create_task(part) for part in parts]

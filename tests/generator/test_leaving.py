@@ -18,9 +18,11 @@ from common import wire
 from common.sections import LeaseConfig, SamplingConfig
 from common.transport import Client
 from common.versions import Version
+from tests.clocks import PATIENCE_S
 from tests.generator.bigrams import ENDLESS, write_bigram_model
-from tests.generator.conftest import HANG_S, until
+from tests.generator.conftest import until
 from tests.generator.sites import NAME, make_run
+from tests.leaks import living
 from tests.learner.ledger.roles import ROOT, Learner, serving
 from tests.models import write_tiny_model
 
@@ -40,7 +42,7 @@ async def generator_of(
     manifest = wire.Manifest(version=Version(0, 0), path=str(model), size_bytes=1, **probe)
     async with serving(tmp_path / "run") as (_, client):
         await Learner(client, config).hello()
-        await client.ask(wire.Begin(checkpoint=None, sequence=0), wire.Begun, deadline_s=30)
+        await client.ask(wire.Begin(checkpoint=None, sequence=0), wire.Begun, deadline_s=PATIENCE_S)
         with (tmp_path / "stderr").open("wb") as stderr:
             generator = start_generator(tmp_path / "run", stderr)
             try:
@@ -50,18 +52,17 @@ async def generator_of(
 
 
 @pytest.mark.full
-@pytest.mark.timeout(300)
 def test_a_generator_that_gets_sigterm_gives_its_leases_back_before_it_ends(tmp_path: Path) -> None:
-    lease = LeaseConfig(heartbeat_timeout_s=2 * HANG_S)  # what is given back sooner was not taken for dead
+    lease = LeaseConfig(heartbeat_timeout_s=2 * PATIENCE_S)  # what is given back sooner was not taken for dead
 
     async def scenario() -> tuple[wire.StatusReport, int]:
         async with generator_of(tmp_path, lease=lease) as (client, first, generator):
-            await client.ask(first, wire.Done, deadline_s=30)
+            await client.ask(first, wire.Done, deadline_s=PATIENCE_S)
             await until(lambda: has_leased(client, 2), "two leases")
             generator.send_signal(signal.SIGTERM)
             await until(lambda: has_leased(client, 0), "no leases")
-            code = await asyncio.to_thread(generator.wait, HANG_S)
-            return await client.ask(wire.Status(), wire.StatusReport, deadline_s=30), code
+            code = await asyncio.to_thread(generator.wait, PATIENCE_S)
+            return await client.ask(wire.Status(), wire.StatusReport, deadline_s=PATIENCE_S), code
 
     report, code = asyncio.run(scenario())
     assert code == 0
@@ -82,14 +83,14 @@ def test_a_generator_that_is_stopped_while_it_loads_ends_after_the_load_and_says
             started = psutil.Process(generator.pid).children(recursive=True)
             (scheduler,) = [process for process in started if "scheduler" in process.name()]
             scheduler.suspend()
-            await client.ask(first, wire.Done, deadline_s=30)
+            await client.ask(first, wire.Done, deadline_s=PATIENCE_S)
             await until(lambda: has_logged("weights_loading"), "the load to begin")
             num_bytes = (tmp_path / "stderr").stat().st_size
             generator.send_signal(signal.SIGTERM)
             await until(lambda: has_logged("engine_finishes"), "the generator to wait for the load")
             scheduler.resume()
-            code = await asyncio.to_thread(generator.wait, HANG_S)
-            await until(lambda: not any(process.is_running() for process in started), "its processes to end")
+            code = await asyncio.to_thread(generator.wait, PATIENCE_S)
+            await until(lambda: not living(started), "its processes to end")
             return code, num_bytes
 
     code, num_bytes = asyncio.run(scenario())
@@ -102,7 +103,7 @@ def test_a_generator_that_is_stopped_while_it_loads_ends_after_the_load_and_says
 
 
 async def has_leased(client: Client, num: int) -> bool:
-    report = await client.ask(wire.Status(), wire.StatusReport, deadline_s=30)
+    report = await client.ask(wire.Status(), wire.StatusReport, deadline_s=PATIENCE_S)
     return report.accounts["leased"] == num
 
 

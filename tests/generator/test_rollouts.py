@@ -12,14 +12,14 @@ from common.versions import Version
 from generator.engine import Engine
 from learner.ledger.audit import audit
 from learner.ledger.leases import lease_seed
+from tests.clocks import PATIENCE_S
 from tests.generator.bigrams import END, SHORT
 from tests.generator.conftest import RunningEngine, until
 from tests.generator.sites import Site, make_run, site
 from tests.groups import completion, grade, training_group
 from tests.learner.ledger.roles import Fleet
 
-LATE = LeaseConfig(completion_timeout_s=2.0, max_attempts=2)
-ANSWERS = SamplingConfig(max_tokens=2500)
+LATE = LeaseConfig(completion_timeout_s=4.0, max_attempts=2)  # in which short answers end, and the longest do not
 LONGER = SamplingConfig(max_tokens=4000)
 
 
@@ -71,7 +71,7 @@ def scored_by_hand(key: wire.LeaseKey, version: Version, correct: tuple[float, .
 
 def test_a_late_group_is_given_back_until_its_attempts_are_used_up(bigrams: RunningEngine, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    config = make_run(run_dir, bigrams.model, ["="] * 2, group_size=8, max_staleness=0, sampling=ANSWERS, lease=LATE)
+    config = make_run(run_dir, bigrams.model, ["="] * 2, group_size=8, max_staleness=0, sampling=LONGER, lease=LATE)
 
     async def scenario() -> None:
         async with site(bigrams.engine, run_dir, config) as at:
@@ -84,20 +84,20 @@ def test_a_late_group_is_given_back_until_its_attempts_are_used_up(bigrams: Runn
     expected = (
         r"quarantined: visit \d \(train/train/\d\): 2 attempts used up, the last: generator-0 gave it back: [0-7] of 8 "
     )
-    assert all(re.match(expected + r"completions after 2 s, expected 8$", reason) for reason in reasons), reasons
+    assert all(re.match(expected + r"completions after 4 s, expected 8$", reason) for reason in reasons), reasons
 
 
 def test_a_group_is_trained_without_its_late_completions_and_an_evaluation_is_not_counted_without_them(
     bigrams: RunningEngine, tmp_path: Path
 ) -> None:
-    evaluation = EvaluationConfig(num_samples=8, sampling=ANSWERS)
+    evaluation = EvaluationConfig(num_samples=8, sampling=LONGER)
     lease = msgspec.structs.replace(LATE, late="train_rest")
-    changes = {"group_size": 8, "max_staleness": 0, "sampling": ANSWERS, "evaluation": evaluation, "lease": lease}
+    changes = {"group_size": 8, "max_staleness": 0, "sampling": LONGER, "evaluation": evaluation, "lease": lease}
     config = make_run(tmp_path / "run", bigrams.model, ["="] * 9, **changes)
 
     async def scenario() -> wire.Batch:
         async with site(bigrams.engine, tmp_path / "run", config) as at:
-            await at.ledger.ask(wire.Evaluate(version=Version(0, 0)), wire.Done, deadline_s=30)
+            await at.ledger.ask(wire.Evaluate(version=Version(0, 0)), wire.Done, deadline_s=PATIENCE_S)
             await until(lambda: _at_least(at, "scored", 2), "a batch")
             batch = await at.learner.reserve()
             await until(lambda: _is_evaluated(at), "the evaluation")
@@ -118,7 +118,7 @@ def test_a_group_is_trained_without_its_late_completions_and_an_evaluation_is_no
 
 
 def test_a_group_that_waits_for_a_verifier_is_not_late(bigrams: RunningEngine, tmp_path: Path) -> None:
-    lease = LeaseConfig(completion_timeout_s=4.0, heartbeat_timeout_s=4.0)
+    lease = LeaseConfig(completion_timeout_s=6.0, heartbeat_timeout_s=6.0)
     config = make_run(tmp_path / "run", bigrams.model, ["a"] * 4, group_size=4, max_staleness=0, lease=lease)
 
     async def scenario() -> None:

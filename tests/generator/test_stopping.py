@@ -14,8 +14,9 @@ import pytest
 from common.config import SamplingConfig
 from common.wire import FinishReason
 from generator.engine import Engine
+from tests.clocks import PATIENCE_S
 from tests.generator.bigrams import ENDLESS
-from tests.generator.conftest import HANG_S, RunningEngine, manifest, until
+from tests.generator.conftest import RunningEngine, manifest, until
 
 PROMPT = np.array([2, 9, 12, 6, 7, 15], dtype=np.int32)
 SHORT, LONG = (SamplingConfig(max_tokens=num).on_wire() for num in (8, 2000))
@@ -30,7 +31,7 @@ async def unharmed(engine: Engine) -> AsyncGenerator[None]:
     try:
         yield
         after = engine.generate(PROMPT, SHORT, seed=1, request_id="afterwards")
-        assert (await asyncio.wait_for(after, HANG_S)).num_tokens > 0
+        assert (await asyncio.wait_for(after, PATIENCE_S)).num_tokens > 0
         await until(lambda: engine.load_now().num_running == 0, "the engine to be idle")
         gc.collect()  # an exception that nobody asked for is reported when its task dies
     finally:
@@ -92,10 +93,10 @@ def test_a_load_goes_on_to_its_end_when_whoever_asked_is_cancelled(running: Runn
         async with unharmed(engine):
             with moment(engine) as (made, let_go):
                 loading = asyncio.create_task(engine.load(manifest(running.model, newer)))
-                await asyncio.wait_for(made.wait(), HANG_S)
+                await asyncio.wait_for(made.wait(), PATIENCE_S)
                 loading.cancel()
                 with pytest.raises(asyncio.CancelledError):
-                    await asyncio.wait_for(loading, HANG_S)
+                    await asyncio.wait_for(loading, PATIENCE_S)
                 let_go()
                 await until(lambda: engine.version == newer, "the load to end")
 
@@ -111,12 +112,12 @@ def test_a_load_that_is_asked_for_while_another_is_under_way_comes_after_it(runn
         async with unharmed(engine):
             with held(engine, "update_weights_from_disk") as (made, let_go):
                 loading = asyncio.create_task(engine.load(manifest(running.model, first)))
-                await asyncio.wait_for(made.wait(), HANG_S)
+                await asyncio.wait_for(made.wait(), PATIENCE_S)
                 loading.cancel()
                 again = asyncio.create_task(engine.load(manifest(running.model, second)))
                 await asyncio.wait([loading])
                 let_go()
-                await asyncio.wait_for(again, HANG_S)
+                await asyncio.wait_for(again, PATIENCE_S)
             assert engine.version == second
 
     running.run(scenario())
@@ -129,10 +130,10 @@ def test_a_gate_that_is_broken_off_is_stopped_in_the_engine(running: RunningEngi
         async with unharmed(engine):
             with standing_still(engine) as (told, let_go):
                 asking = asyncio.create_task(engine.logprobs(np.tile(PROMPT, 20)))
-                await asyncio.wait_for(told.wait(), HANG_S)
+                await asyncio.wait_for(told.wait(), PATIENCE_S)
                 asking.cancel()
                 with pytest.raises(asyncio.CancelledError):
-                    await asyncio.wait_for(asking, HANG_S)
+                    await asyncio.wait_for(asking, PATIENCE_S)
                 let_go()
             await until(lambda: not engine._manager.rid_to_state, "SGLang to forget the probe")
 
@@ -151,7 +152,7 @@ def test_an_aborted_request_ends_at_once_and_may_be_cancelled_meanwhile(bigrams:
                 engine.abort(ids[i])
                 if i % 2:
                     task.cancel()
-            await asyncio.wait(asking, timeout=HANG_S)
+            await asyncio.wait(asking, timeout=PATIENCE_S)
             assert [task.cancelled() for task in asking] == [False, True] * 4
             assert {task.result().finish_reason for task in asking[::2]} == {FinishReason.ABORT}
             await until(lambda: not engine._manager.rid_to_state, "SGLang to forget the requests")

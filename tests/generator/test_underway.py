@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from common.errors import EngineError
+from common.errors import DeadlineError, EngineError
 from generator.underway import Underway
 
 LONG_S = 60.0
@@ -51,7 +51,7 @@ def test_a_control_request_goes_on_to_its_end_when_whoever_asked_is_cancelled() 
 def test_whoever_waits_too_long_for_a_control_request_is_told_for_what_and_it_goes_on() -> None:
     async def scenario() -> None:
         underway, request = Underway(), Request()
-        with pytest.raises(EngineError, match=r"waited 0\.01 s for a load"):
+        with pytest.raises(DeadlineError, match=r"waited 0\.01 s for a load"):
             await underway.to_its_end(request(), "a load", deadline_s=0.01)
         assert request.outcome == "under way"
         await underway.finish(deadline_s=0.01)

@@ -212,10 +212,18 @@ class Run:
 
     def last_words(self) -> str:
         """The last lines of what a person saw and of each process's log, and what the ledger's file says."""
-        files = sorted(path for path in (self.directory / "logs").glob("*") if path.stat().st_size)
-        told = {path.name: path.read_text(errors="replace") for path in files}
-        told = {"terminal": self.output(), **told, "audit": self.audit().stdout}
-        return "\n".join(f"{name}:\n{_last_lines(text)}" for name, text in told.items())
+        told = {"terminal": self.output()}
+        for path in sorted((self.directory / "logs").glob("*")):
+            try:
+                told[path.name] = path.read_text(errors="replace")
+            except OSError as error:
+                told[path.name] = str(error)
+        try:
+            audit = self.audit()
+            told["audit"] = audit.stdout + audit.stderr
+        except subprocess.SubprocessError as error:
+            told["audit"] = str(error)
+        return "\n".join(f"{name}:\n{_last_lines(text)}" for name, text in told.items() if text)
 
     def close(self) -> None:
         """Ends what a failed test left."""

@@ -11,8 +11,10 @@ from common.versions import Version
 from common.wire import VisitState
 from learner.ledger.store import Store
 from learner.ledger.visits import Visit
+from tests.clocks import wait_until
+from tests.leaks import living
 from tests.system.accounts import Cost, lineages, trained, visits
-from tests.system.conftest import ENDLESS, HANG_S, Run
+from tests.system.conftest import ENDLESS, Run
 
 pytestmark = [pytest.mark.faults]
 
@@ -87,8 +89,7 @@ def test_a_launcher_that_is_killed_leaves_no_process_and_its_command_goes_on(
     children = psutil.Process(run.launcher.pid).children(recursive=True)
     assert len(children) > 6
     killed_at = run.kill_launcher()
-    _, alive = psutil.wait_procs(children, timeout=HANG_S)
-    assert not alive, [p.cmdline() for p in alive]
+    wait_until(lambda: not living(children), "every process to end")
     assert run.audit().returncode == 0
 
     resumed = start_run(*SHORT, "learner.checkpoint_every=2", "run.resume=auto")

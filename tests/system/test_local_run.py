@@ -37,7 +37,9 @@ def test_a_run_ends_by_itself_and_writes_what_it_promises(start_run: Callable[..
     run.assert_sound()
     summary = run.summary()
     assert summary["steps"] == 6
-    assert 0.2 <= summary["accuracy_start"] <= 0.45
+    # The warm-up ends with at most 0.45 on 300 other sums and 0.95 on those without a carry, which are a third: five
+    # standard deviations of the difference are 0.18 and 0.13.
+    assert 0.18 <= summary["accuracy_start"] <= 0.63
     assert {"seconds", "accuracy_end", "staleness_mean", "staleness_max", "checkpoint"} <= set(summary)
     assert set(summary["idle"]) == {"learner", "generator", "verifier", "ledger"}
     assert all(0 <= share <= 1 for share in summary["idle"].values())

@@ -16,6 +16,7 @@ from common.errors import ConfigError, SluiceError
 from common.sections import VerifierConfig
 from common.wire import Grade, Outcome
 from tests.clocks import comes_about, move_time, pass_time, run_by_hand, settle, wait_until
+from tests.leaks import living
 from verifier.sandbox import GRACE_S, Sandbox
 from verifier.tasks import Task
 
@@ -55,9 +56,8 @@ def _outcomes(grades: tuple[Grade, ...]) -> list[Outcome]:
 
 
 def _workers() -> list[psutil.Process]:
-    """Not every child is one: other tests' engines live in this process."""
-    alive = (child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE)
-    return [child for child in alive if any("worker" in word for word in child.cmdline())]
+    """Not every child is one: other tests leave children in this process."""
+    return [child for child in living(psutil.Process().children()) if HOSTILE[1] in child.cmdline()]
 
 
 def test_a_grade_that_hangs_is_killed_and_is_a_timeout_while_its_neighbours_are_graded(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_no_worker_is_left_when_the_sandbox_ends_in_the_middle_of_a_grade(tmp_pa
 
     workers = _in_sandbox(body, num_workers=2)
     assert len(workers) == 2
-    assert not any(worker.is_running() for worker in workers)
+    assert not living(workers)
 
 
 def test_an_answer_that_came_while_the_event_loop_stood_still_is_no_timeout(tmp_path: Path) -> None:

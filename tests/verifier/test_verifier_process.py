@@ -20,7 +20,8 @@ from common import wire
 from common.errors import RefusedError
 from common.rendezvous import Rendezvous, RunKeys
 from common.transport import Client, Service
-from tests.clocks import PATIENCE_S
+from tests.clocks import PATIENCE_S, comes_about
+from tests.leaks import living
 
 STATUS = wire.Status()
 A = TypeVar("A", bound=wire.Message)
@@ -95,8 +96,7 @@ async def _ask(client: Client, request: wire.Request, expect: type[A]) -> A:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
+    await comes_about(condition, "what the test waits for")
 
 
 def test_a_group_is_decoded_graded_and_the_ledgers_verdict_relayed(make_run: MakeRun, make_group: MakeGroup) -> None:
@@ -189,17 +189,10 @@ def test_no_worker_outlives_its_verifier(make_run: MakeRun, make_group: MakeGrou
             os.kill(process.pid, number)
             await _until(lambda: process.poll() is not None)
             assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
-            await _until(lambda: not any(_is_alive(worker) for worker in workers))
+            await _until(lambda: not living(workers))
             asking.cancel()
 
     asyncio.run(body())
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_a_verifier_whose_ledger_does_not_answer_can_be_stopped(make_run: MakeRun) -> None:

@@ -87,7 +87,7 @@ async def _pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter, n
 
 @asynccontextmanager
 async def undisturbed(client: Client) -> AsyncGenerator[None]:
-    """A healthy peer on the same socket is answered all the while; how soon, `tests/bench` says."""
+    """A healthy peer on the same socket is answered all the while."""
 
     async def ask() -> None:
         while not done.is_set():
@@ -97,11 +97,15 @@ async def undisturbed(client: Client) -> AsyncGenerator[None]:
 
     done, answered = asyncio.Event(), asyncio.Event()
     asking = asyncio.create_task(ask())
-    yield
-    answered.clear()
-    await answered.wait()
-    done.set()
-    await asking
+    try:
+        yield
+        answered.clear()
+        again = asyncio.create_task(answered.wait())
+        await asyncio.wait({asking, again}, return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+    finally:
+        done.set()
+        await asking
 
 
 async def refused(client: Client) -> dict[str, int]:
