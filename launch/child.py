@@ -9,6 +9,7 @@ It imports nothing of Sluice and no installed package, so that it starts in mill
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -17,42 +18,40 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_HEARD = (*_PASSED_ON, signal.SIGHUP, signal.SIGCHLD)
 
 
 def main(parent: int, command: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    signal.signal(signal.SIGHUP, lambda *_: _kill_and_exit())
+    # Signals wait until they are asked for: a handler could be called just before a wait begins, and not end it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
     prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans among the descendants become children of this process
     if os.getppid() != parent:
         return 128 + signal.SIGHUP
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
-    child = subprocess.Popen(command, preexec_fn=_unblock)  # noqa: PLW1509  # this process has one thread
-    for number in _PASSED_ON:
-        signal.signal(number, lambda received, _: _pass_on(child.pid, received))
-    _unblock()
-    status = _wait(child.pid)
+    unblock = functools.partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+    child = subprocess.Popen(command, preexec_fn=unblock)  # noqa: PLW1509  # this process has one thread
+    while (status := _reap(child.pid)) is None:
+        number = signal.sigwait(_HEARD)
+        if number == signal.SIGHUP:
+            _kill_descendants()
+            return 128 + signal.SIGKILL
+        if number in _PASSED_ON:
+            os.kill(child.pid, number)  # ended or not, it has not been reaped
     _kill_descendants()
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
 
-def _unblock() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
-
-
-def _pass_on(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _wait(pid: int) -> int:
-    """The status of the command; adopted orphans are reaped on the way."""
+def _reap(pid: int) -> int | None:
+    """Reaps what has ended, adopted orphans too; the status of the command if it is among them."""
     while True:
-        reaped, status = os.waitpid(-1, 0)
+        reaped, status = os.waitpid(-1, os.WNOHANG)
         if reaped == pid:
             return status
+        if reaped == 0:
+            return None
 
 
 def _kill_descendants() -> None:
@@ -75,11 +74,6 @@ def _children() -> list[int]:
             if int(fields[1]) == os.getpid():
                 children.append(int(stat.parent.name))
     return children
-
-
-def _kill_and_exit() -> None:
-    _kill_descendants()
-    os._exit(128 + signal.SIGKILL)
 
 
 if __name__ == "__main__":

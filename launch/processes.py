@@ -175,6 +175,7 @@ class _Child:
         self.wanted = True
         self._output = run_dir / "logs" / f"{plan.name}.out"
         self._process: asyncio.subprocess.Process | None = None
+        self._asked: signal.Signals | None = None
         self._gone = asyncio.Event()
         self._gone.set()
 
@@ -203,8 +204,8 @@ class _Child:
                 start_new_session=True,
             )
         logger().info("process_started", child=self.plan.name, pid=self._process.pid)
-        if not self.wanted:
-            self.signal(signal.SIGHUP)
+        if self._asked is not None:  # it was asked to stop while it was being started
+            self.signal(self._asked)
         code = await self._process.wait()
         words = last_words(self._output, offset)
         if code == 1 and words.rank_exit_code is not None:
@@ -214,7 +215,11 @@ class _Child:
         return ended
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to what `launch/child.py` runs; SIGHUP kills it with its descendants, stopped ones too."""
+        """Sends a signal to what `launch/child.py` runs; SIGHUP kills it with its descendants, stopped ones too.
+
+        A process that is still being started gets it once it is there.
+        """
+        self._asked = number
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)

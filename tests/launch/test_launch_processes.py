@@ -15,23 +15,23 @@ from launch import processes
 from launch.output import last_words
 from launch.plan import REPOSITORY, ProcessPlan
 from launch.processes import ProcessError, Supervisor, child_command, run_foreground
-from tests.clocks import PATIENCE_S, comes_about, wait_until
+from tests.clocks import PATIENCE_S, comes_about, settle, wait_until
 
 FOREVER = "import time; time.sleep(600)"
 NOTED = """
-import signal, sys, time
-def leave(*_):
-    open({log!r}, "a").write({name!r} + "\\n")
-    sys.exit(0)
-signal.signal(signal.SIGTERM, leave)
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 open({log!r} + ".ready", "a").write("x")
-time.sleep(600)
+signal.sigwait([signal.SIGTERM])
+open({log!r}, "a").write({name!r} + "\\n")
 """
 DEAF = """
-import os, signal, time
-signal.signal(signal.SIGTERM, lambda *_: open({pid!r} + ".asked", "w").close())
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 open({pid!r}, "w").write(str(os.getpid()))
-time.sleep(600)
+signal.sigwait([signal.SIGTERM])
+open({pid!r} + ".asked", "w").close()
+signal.pause()
 """
 GRANDCHILD = """
 import subprocess, sys, time
@@ -157,6 +157,34 @@ def test_roles_stop_in_order(tmp_path: Path) -> None:
     plans = [program(name, NOTED.format(log=str(log), name=name.partition("-")[0])) for name in names]
     supervise(plans, tmp_path, stop_when=lambda: written(tmp_path / "order.ready") == "xxxxx")
     assert log.read_text().split() == ["learner", "generator", "generator", "verifier", "ledger"]
+
+
+def test_a_process_that_is_being_started_when_the_run_stops_is_asked_in_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher hears of each start only after it was asked to stop."""
+    log = tmp_path / "order"
+    start = asyncio.create_subprocess_exec
+    plans = [program(name, NOTED.format(log=str(log), name=name)) for name in ("ledger", "learner")]
+
+    async def scenario() -> None:
+        stop = asyncio.Event()
+
+        async def start_slowly(*command: str, **options: Any) -> asyncio.subprocess.Process:
+            process = await start(*command, **options)
+            await stop.wait()
+            await settle()
+            return process
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start_slowly)
+        supervisor = Supervisor(plans, tmp_path, max_restarts=0, stop_timeout_s=PATIENCE_S)
+        running = asyncio.create_task(supervisor.run(stop))
+        await comes_about(lambda: written(tmp_path / "order.ready") == "xx", "both to be ready")
+        stop.set()
+        await running
+
+    asyncio.run(scenario())
+    assert log.read_text().split() == ["learner", "ledger"]
 
 
 def test_a_process_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
