@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from common import wire
-from common.sections import LeaseConfig, SamplingConfig
+from common.sections import LeaseConfig, RunConfig, SamplingConfig
 from common.transport import Client
 from common.versions import Version
 from tests.clocks import PATIENCE_S
@@ -71,23 +71,12 @@ def test_a_generator_that_gets_sigterm_gives_its_leases_back_before_it_ends(tmp_
 
 
 def test_a_generator_that_is_stopped_while_it_loads_ends_after_the_load_and_says_nothing(tmp_path: Path) -> None:
-    """The scheduler's process stands still meanwhile, so that the load takes as long as the test wants."""
-    log = tmp_path / "run" / "logs" / f"{NAME}.jsonl"
-
-    def has_logged(event: str) -> bool:
-        return log.exists() and f'"event": "{event}"' in log.read_text()
-
     async def scenario() -> tuple[int, int]:
         async with generator_of(tmp_path) as (client, first, generator):
-            await until(lambda: has_logged("ready"), "the engine")
-            started = psutil.Process(generator.pid).children(recursive=True)
-            (scheduler,) = [process for process in started if "scheduler" in process.name()]
-            scheduler.suspend()
-            await client.ask(first, wire.Done, deadline_s=PATIENCE_S)
-            await until(lambda: has_logged("weights_loading"), "the load to begin")
+            scheduler, started = await begin_load(tmp_path, client, first, generator)
             num_bytes = (tmp_path / "stderr").stat().st_size
             generator.send_signal(signal.SIGTERM)
-            await until(lambda: has_logged("engine_finishes"), "the generator to wait for the load")
+            await until(lambda: has_logged(tmp_path, "engine_finishes"), "the generator to wait for the load")
             scheduler.resume()
             code = await asyncio.to_thread(generator.wait, PATIENCE_S)
             await until(lambda: not living(started), "its processes to end")
@@ -95,11 +84,46 @@ def test_a_generator_that_is_stopped_while_it_loads_ends_after_the_load_and_says
 
     code, num_bytes = asyncio.run(scenario())
     assert code == 0
-    assert has_logged("stopped")
-    assert not has_logged("engine_given_up")
+    assert has_logged(tmp_path, "stopped")
+    assert not has_logged(tmp_path, "engine_given_up")
     said = (tmp_path / "stderr").read_text()[num_bytes:]
     lines = [line for line in said.splitlines() if line and "loading shards" not in line]  # SGLang's bar of a load
     assert lines == []
+
+
+@pytest.mark.full
+def test_a_generator_whose_load_never_ends_gives_it_up_and_leaves_no_process(tmp_path: Path) -> None:
+    async def scenario() -> int:
+        async with generator_of(tmp_path, run=RunConfig(stop_timeout_s=4.0)) as (client, first, generator):
+            _, started = await begin_load(tmp_path, client, first, generator)
+            generator.send_signal(signal.SIGTERM)
+            code = await asyncio.to_thread(generator.wait, PATIENCE_S)
+            await until(lambda: not living(started), "its processes to end")
+            return code
+
+    assert asyncio.run(scenario()) == 0
+    assert has_logged(tmp_path, "engine_given_up")
+
+
+async def begin_load(
+    tmp_path: Path, client: Client, first: wire.Publish, generator: subprocess.Popen[bytes]
+) -> tuple[psutil.Process, list[psutil.Process]]:
+    """Publishes the first version; the scheduler stands still, so that its load takes as long as a test wants.
+
+    Returns the scheduler, and all that the generator started.
+    """
+    await until(lambda: has_logged(tmp_path, "ready"), "the engine")
+    started = psutil.Process(generator.pid).children(recursive=True)
+    (scheduler,) = [process for process in started if "scheduler" in process.name()]
+    scheduler.suspend()
+    await client.ask(first, wire.Done, deadline_s=PATIENCE_S)
+    await until(lambda: has_logged(tmp_path, "weights_loading"), "the load to begin")
+    return scheduler, started
+
+
+def has_logged(tmp_path: Path, event: str) -> bool:
+    log = tmp_path / "run" / "logs" / f"{NAME}.jsonl"
+    return log.exists() and f'"event": "{event}"' in log.read_text()
 
 
 async def has_leased(client: Client, num: int) -> bool:

@@ -16,7 +16,7 @@ from learner.ledger.visits import Visit
 
 NEEDS_PAYLOAD = ("scored", "reserved")
 STEP_DEVIATION = 0.1  # standard deviation of the mean reward of a step of eight groups, as seen
-NUM_DEVIATIONS = 5  # one normal variable in three million falls below
+NUM_DEVIATIONS = 6  # one normal variable in a billion falls below
 
 
 class Cost(NamedTuple):

@@ -23,7 +23,7 @@ from tests.system.accounts import Cost, assert_curve_is_unbroken, cost, recovery
 from tests.system.reliability import Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HANG_S = 1200  # against a hang: no run of a test takes a quarter of it on one busy core
+HANG_S = 1800  # against a hang: the longest run of a test takes five minutes on two idle cores
 LAST_LINES = 20
 CHILD = str(REPOSITORY / "launch" / "child.py")
 ENDLESS = ("steps=1000", "groups_per_step=8", "evaluation.every=1000")  # until a test has seen enough: small, long

@@ -18,7 +18,7 @@ from tests.system.conftest import ENDLESS, Run
 
 pytestmark = [pytest.mark.faults]
 
-SHORT = (*ENDLESS, "lease.heartbeat_timeout_s=10")  # a healthy process is not taken for dead, however busy the machine
+SHORT = (*ENDLESS, "lease.heartbeat_timeout_s=10")
 SELDOM = "learner.checkpoint_every=1000"
 Report = Callable[[str, str, Cost], None]
 

@@ -17,7 +17,7 @@ from tests.system.conftest import ENDLESS, REPOSITORY, Run
 
 pytestmark = [pytest.mark.full, pytest.mark.faults]
 
-TIMEOUT_S = 10  # a healthy process is not taken for dead, however busy the machine
+TIMEOUT_S = 10
 LOSSY = Path(__file__).with_name("lossy")
 HERE, THERE = "10.213.0.1", "10.213.0.2"  # in networks of their own: other tests may have the same
 SHORT = (

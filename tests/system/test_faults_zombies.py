@@ -10,7 +10,7 @@ from tests.system.conftest import ENDLESS, Run
 
 pytestmark = [pytest.mark.full, pytest.mark.faults]
 
-TIMEOUT_S = 10  # a healthy process is not taken for dead, however busy the machine
+TIMEOUT_S = 10
 PILE_UP_S = 2.0
 SHORT = (
     *ENDLESS,
@@ -28,6 +28,7 @@ def test_a_generator_that_stood_still_comes_back_and_its_late_groups_are_refused
     run.wait_for_step(2)
     run.stop_workers("verifier")  # groups pile up there
     time.sleep(PILE_UP_S)
+    num_joins = run.num_joins("generator-0")
     stopped_at = run.stop("generator", "generator-0")
     leased = {v.number: v.attempt for v in visits(run.directory) if v.holder == "generator-0"}
     assert leased
@@ -36,7 +37,7 @@ def test_a_generator_that_stood_still_comes_back_and_its_late_groups_are_refused
     run.go_on("verifier")
     run.wait_until(lambda: leased.keys() & _visits(run, "ledger", "group_refused"), "its late groups to be refused")
     run.go_on("generator", "generator-0")
-    run.wait_until(lambda: run.num_joins("generator-0") == 2, "generator-0 to join again")
+    run.wait_until(lambda: run.num_joins("generator-0") > num_joins, "generator-0 to join again")
     run.wait_for_steps(4)
     run.finish()
     assert "restart" not in run.output()
@@ -54,12 +55,13 @@ def test_a_verifier_that_stood_still_comes_back_and_no_group_is_stored_twice(
     run.wait_for_step(2)
     run.stop_workers("verifier", "verifier-0")  # groups pile up there
     time.sleep(PILE_UP_S)
+    num_joins = run.num_joins("verifier-0")
     stopped_at = run.stop("verifier", "verifier-0")
     run.wait_until(lambda: run.was_lost("verifier-0"), "the ledger to give up verifier-0")
     run.wait_for_steps(4)
     run.go_on("verifier", "verifier-0")
     run.wait_until(lambda: _is_turned_away(run, "verifier-0"), "what it grades late not to be taken")
-    run.wait_until(lambda: run.num_joins("verifier-0") == 2, "verifier-0 to join again")
+    run.wait_until(lambda: run.num_joins("verifier-0") > num_joins, "verifier-0 to join again")
     run.wait_for_steps(4)
     run.finish()
     assert "restart" not in run.output()

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.system.conftest import Run
+from tests.system.conftest import HANG_S, Run
 
-pytestmark = [pytest.mark.full, pytest.mark.learning]
+pytestmark = [pytest.mark.full, pytest.mark.learning, pytest.mark.timeout(4 * HANG_S)]
 
 TWENTY = ("steps=20", "evaluation.every=20", "learner.checkpoint_every=20")
 
