@@ -5,8 +5,11 @@ PYTHON ?= python3.11
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 export OMP_NUM_THREADS := 1
+# Packages are compiled as they are imported, once: all of them take as long as the rest of the set-up.
+unexport PYTHONDONTWRITEBYTECODE
+PIP_INSTALL := $(BIN)/pip install -q --no-deps --no-compile
 
-.PHONY: setup run test test-full bench check format clean
+.PHONY: setup run test tests test-full bench check format clean
 
 setup: .venv/ready
 
@@ -14,17 +17,22 @@ setup: .venv/ready
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: found $$($(PYTHON) --version), expected Python 3.11: set PYTHON=" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-deps "$$(grep '^torch==' requirements.lock)" 2>/dev/null \
-		|| $(BIN)/pip install -q --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.lock)"
-	$(BIN)/pip install -q --no-deps -r requirements.lock
-	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	$(PIP_INSTALL) "$$(grep '^torch==' requirements.lock)" 2>/dev/null \
+		|| $(PIP_INSTALL) --index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.lock)"
+	$(PIP_INSTALL) -r requirements.lock
+	$(PIP_INSTALL) --no-build-isolation -e .
 	@touch $@
 
 run: setup
 	$(BIN)/python launch/cluster.py --layout local
 
-test: setup check
-	$(BIN)/python -m pytest -m "not full"
+test: setup
+	@$(MAKE) --no-print-directory -j2 check tests
+
+# WORKERS processes run the tests side by side.
+WORKERS ?= 2
+tests: setup
+	$(BIN)/python -m pytest -m "not full" -n $(WORKERS)
 
 # ONLY is one of pytest's markers (pyproject.toml), or an expression of them; `faults` writes docs/reliability.md's table.
 ONLY ?=

@@ -31,6 +31,17 @@ class ManualLoop(asyncio.SelectorEventLoop):
         return self.clock()
 
 
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time goes on, and that a test can move ahead: what was to happen by then happens now."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock(0.0)
+        super().__init__()
+
+    def time(self) -> float:
+        return super().time() + self.clock()
+
+
 def run_by_hand(main: Coroutine[Any, Any, T]) -> T:
     """Runs `main` in a loop whose time only `pass_time` moves."""
     with asyncio.Runner(loop_factory=ManualLoop) as runner:
@@ -44,9 +55,9 @@ async def settle() -> None:
 
 
 def move_time(seconds: float) -> None:
-    """Moves the time of the running loop, which stands still meanwhile."""
+    """Moves the time of the running loop ahead."""
     loop = asyncio.get_running_loop()
-    assert isinstance(loop, ManualLoop)
+    assert isinstance(loop, ManualLoop | SkippingLoop)
     loop.clock.now += seconds
 
 

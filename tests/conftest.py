@@ -1,14 +1,19 @@
 """What all tests share: a tiny model that the engine and the learner load, and where the minutes went."""
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests.leaks import nothing_left_open
+
+ENGINE = "tests/generator/"
+LONGEST = ("tests/system/", ENGINE)
 
 # How fast a busy machine is says nothing of the code. A failure of `make test` must come from the change, so
 # it has the same examples each time; `make test-full` draws new ones.
@@ -26,15 +31,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", type=Path, help="write what faults cost to the table of this page")
 
 
+class ByWhatTheyShare(LoadFileScheduling):
+    """The tests of a file go to one worker, with what they share; so do all that share the engine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return ENGINE if nodeid.startswith(ENGINE) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByWhatTheyShare:
+    """Which worker of `-n` runs which tests."""
+    return ByWhatTheyShare(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests begin, so that all workers end together."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Minutes by folder: of tests, and of what they set up."""
-    seconds = Counter[str]()
+    seconds: dict[str, float] = defaultdict(float)
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         if isinstance(report, pytest.TestReport):
             seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
     if seconds:
         terminalreporter.section("minutes")
-        for folder, total in seconds.most_common():
+        for folder, total in sorted(seconds.items(), key=lambda item: -item[1]):
             terminalreporter.line(f"{total / 60:6.2f}  {folder}")
 
 

@@ -81,15 +81,20 @@ class VerifierService:
         else:
             self._in_work[key] = asyncio.create_task(self._score(group))
             self._in_work[key].add_done_callback(lambda done: self._done(key, done))
+            self._count_groups()
         task = self._in_work[key]
         await asyncio.wait([task])
         return task.result() if not self._failed.done() else await asyncio.Future()
 
     def _done(self, key: tuple[wire.LeaseKey, str], task: asyncio.Task[wire.Answer]) -> None:
         del self._in_work[key]
+        self._count_groups()
         self._rooms.release()
         if not task.cancelled() and (error := task.exception()) is not None and not self._failed.done():
             self._failed.set_exception(error)
+
+    def _count_groups(self) -> None:
+        self._activity.gauges["groups_in_work"] = len(self._in_work)
 
     async def _score(self, group: wire.Group) -> wire.Answer:
         with self._activity.working():

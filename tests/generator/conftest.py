@@ -14,7 +14,7 @@ from common import wire
 from common.config import Config, GeneratorConfig
 from common.versions import Version
 from generator.engine import Engine
-from tests.clocks import PATIENCE_S
+from tests.clocks import PATIENCE_S, SkippingLoop
 from tests.generator.bigrams import write_bigram_model
 from tests.leaks import living, nothing_left_open
 from tests.models import write_tiny_model
@@ -54,7 +54,7 @@ def module_leaves_nothing_open() -> Generator[None]:
 @contextmanager
 def running_engine(config: Config) -> Generator[RunningEngine]:
     """An engine that holds version 0.0 of its model."""
-    loop, model = asyncio.new_event_loop(), Path(config.model)
+    loop, model = SkippingLoop(), Path(config.model)
 
     async def start() -> Engine:
         engine = Engine(config)

@@ -1,7 +1,7 @@
 """Late completions and leases that are given back, on the real engine and with the real ledger."""
 
-import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -12,15 +12,16 @@ from common.versions import Version
 from generator.engine import Engine
 from learner.ledger.audit import audit
 from learner.ledger.leases import lease_seed
-from tests.clocks import PATIENCE_S
+from tests.clocks import PATIENCE_S, move_time, settle
 from tests.generator.bigrams import END, SHORT
 from tests.generator.conftest import RunningEngine, until
 from tests.generator.sites import Site, make_run, site
 from tests.groups import completion, grade, training_group
 from tests.learner.ledger.roles import Fleet
 
-LATE = LeaseConfig(completion_timeout_s=4.0, max_attempts=2)  # in which short answers end, and the longest do not
+LATE = LeaseConfig(completion_timeout_s=PATIENCE_S, max_attempts=2)  # it passes when a test says so
 LONGER = SamplingConfig(max_tokens=4000)
+MANY_TOKENS = 50  # of an answer that does not end
 
 
 async def most_tokens_until_idle(engine: Engine) -> int:
@@ -33,6 +34,25 @@ async def most_tokens_until_idle(engine: Engine) -> int:
 
     await until(is_idle, "the engine to be idle")
     return max(load.num_cached_tokens for load in seen)
+
+
+async def late_until(engine: Engine, holds: Callable[[], Awaitable[bool]], what: str) -> None:
+    """The leases' time passes whenever all short answers have ended and the endless ones go on, until something holds.
+
+    Only the generator's time: the ledger is a process of its own.
+    """
+
+    def only_endless() -> bool:
+        load = engine.load_now()
+        return load.num_waiting == 0 and load.num_cached_tokens > MANY_TOKENS * load.num_running > 0
+
+    async def look() -> bool:
+        if only_endless():
+            move_time(LATE.completion_timeout_s)
+            await until(lambda: not only_endless(), "the late answers to be stopped")
+        return await holds()
+
+    await until(look, what)
 
 
 def test_a_lease_that_falls_behind_stops_using_the_engine(bigrams: RunningEngine, tmp_path: Path) -> None:
@@ -75,16 +95,15 @@ def test_a_late_group_is_given_back_until_its_attempts_are_used_up(bigrams: Runn
 
     async def scenario() -> None:
         async with site(bigrams.engine, run_dir, config) as at:
-            await until(lambda: _at_least(at, "quarantined", 2), "two prompts to be given up")
+            await late_until(bigrams.engine, lambda: _at_least(at, "quarantined", 2), "two prompts to be given up")
             assert at.verifier.groups == []
 
     bigrams.run(scenario())
     reasons = [line for line in audit(run_dir).lines if line.startswith("quarantined: ")]
     assert len(reasons) == 2
-    expected = (
-        r"quarantined: visit \d \(train/train/\d\): 2 attempts used up, the last: generator-0 gave it back: [0-7] of 8 "
-    )
-    assert all(re.match(expected + r"completions after 4 s, expected 8$", reason) for reason in reasons), reasons
+    gave_up = "2 attempts used up, the last: generator-0 gave it back:"
+    expected = rf"quarantined: visit \d \(train/train/\d\): {gave_up} [0-7] of 8 completions after {PATIENCE_S:g} s, "
+    assert all(re.match(rf"{expected}expected 8$", reason) for reason in reasons), reasons
 
 
 def test_a_group_is_trained_without_its_late_completions_and_an_evaluation_is_not_counted_without_them(
@@ -98,9 +117,9 @@ def test_a_group_is_trained_without_its_late_completions_and_an_evaluation_is_no
     async def scenario() -> wire.Batch:
         async with site(bigrams.engine, tmp_path / "run", config) as at:
             await at.ledger.ask(wire.Evaluate(version=Version(0, 0)), wire.Done, deadline_s=PATIENCE_S)
-            await until(lambda: _at_least(at, "scored", 2), "a batch")
+            await late_until(bigrams.engine, lambda: _at_least(at, "scored", 2), "a batch")
             batch = await at.learner.reserve()
-            await until(lambda: _is_evaluated(at), "the evaluation")
+            await late_until(bigrams.engine, lambda: _is_evaluated(at), "the evaluation")
             (result,) = (await at.status()).evaluations
             assert (result.num_prompts, result.num_failed) == (2, 16)
             assert not [group for group in at.verifier.groups if group.key.is_evaluation]
@@ -118,14 +137,14 @@ def test_a_group_is_trained_without_its_late_completions_and_an_evaluation_is_no
 
 
 def test_a_group_that_waits_for_a_verifier_is_not_late(bigrams: RunningEngine, tmp_path: Path) -> None:
-    lease = LeaseConfig(completion_timeout_s=6.0, heartbeat_timeout_s=6.0)
-    config = make_run(tmp_path / "run", bigrams.model, ["a"] * 4, group_size=4, max_staleness=0, lease=lease)
+    config = make_run(tmp_path / "run", bigrams.model, ["a"] * 4, group_size=4, max_staleness=0, lease=LATE)
 
     async def scenario() -> None:
         async with site(bigrams.engine, tmp_path / "run", config) as at:
             at.verifier.is_open = False
             await until(lambda: len(at.rollouts.finished()) == 2, "two whole groups")
-            await asyncio.sleep(max(lease.completion_timeout_s, lease.heartbeat_timeout_s) + 2.0)
+            move_time(LATE.completion_timeout_s)
+            await settle()
             at.verifier.is_open = True
             await until(lambda: _at_least(at, "scored", 2), "a batch")
             assert sorted(group.key for group in at.verifier.groups) == [(0, 1), (1, 1)]

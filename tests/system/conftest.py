@@ -3,6 +3,7 @@
 When a test fails, its report has the last lines of every process of its runs, and what each run waited for.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -17,8 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
+from common import wire
 from common.layout import read_resolved
 from common.metrics import read_metrics, read_rows
+from common.transport import ledger_client
 from tests.system.accounts import Cost, assert_curve_is_unbroken, cost, recovery_s
 from tests.system.reliability import Table
 
@@ -91,6 +94,15 @@ class Run:
         """The events of one name in the log of a process."""
         path = self.directory / "logs" / f"{process}.jsonl"
         return [entry for entry, _ in read_rows(path) if entry["event"] == event]
+
+    def status(self) -> wire.StatusReport:
+        """How the run stands now, by its ledger."""
+
+        async def ask() -> wire.StatusReport:
+            async with ledger_client(self.directory) as client:
+                return await client.ask(wire.Status(), wire.StatusReport, deadline_s=HANG_S)
+
+        return asyncio.run(ask())
 
     def was_lost(self, member: str) -> bool:
         """Whether the ledger has given up a process that fell silent."""

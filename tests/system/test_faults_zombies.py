@@ -1,17 +1,16 @@
 """Processes that stand still for longer than their leases, and come back."""
 
-import time
 from collections.abc import Callable
 
 import pytest
 
+from common import wire
 from tests.system.accounts import Cost, visits
 from tests.system.conftest import ENDLESS, Run
 
 pytestmark = [pytest.mark.full, pytest.mark.faults]
 
 TIMEOUT_S = 10
-PILE_UP_S = 2.0
 SHORT = (
     *ENDLESS,
     "learner.checkpoint_every=100",
@@ -25,19 +24,20 @@ def test_a_generator_that_stood_still_comes_back_and_its_late_groups_are_refused
 ) -> None:
     run = start_run(*SHORT, "generator.count=2")
     run.wait_until(lambda: run.num_joins("generator-0") and run.num_joins("generator-1"), "two generators")
+    run.wait_until(run.accuracies, "the first evaluation")
     run.wait_for_step(2)
-    run.stop_workers("verifier")  # groups pile up there
-    time.sleep(PILE_UP_S)
-    num_joins = run.num_joins("generator-0")
-    stopped_at = run.stop("generator", "generator-0")
-    leased = {v.number: v.attempt for v in visits(run.directory) if v.holder == "generator-0"}
-    assert leased
-    run.wait_until(lambda: run.was_lost("generator-0"), "the ledger to give up generator-0")
+    run.stop_workers("verifier")
+    run.wait_until(lambda: _all_wait_for_grades(run), "all leased groups to be at the verifier")
+    holder = next(v.holder for v in visits(run.directory) if v.holder)
+    num_joins = run.num_joins(holder)
+    stopped_at = run.stop("generator", holder)
+    leased = {v.number: v.attempt for v in visits(run.directory) if v.holder == holder}
+    run.wait_until(lambda: run.was_lost(holder), f"the ledger to give up {holder}")
     run.wait_until(lambda: _were_granted_anew(run, leased), "its visits to be leased to the other")
     run.go_on("verifier")
     run.wait_until(lambda: leased.keys() & _visits(run, "ledger", "group_refused"), "its late groups to be refused")
-    run.go_on("generator", "generator-0")
-    run.wait_until(lambda: run.num_joins("generator-0") > num_joins, "generator-0 to join again")
+    run.go_on("generator", holder)
+    run.wait_until(lambda: run.num_joins(holder) > num_joins, f"{holder} to join again")
     run.wait_for_steps(4)
     run.finish()
     assert "restart" not in run.output()
@@ -53,8 +53,8 @@ def test_a_verifier_that_stood_still_comes_back_and_no_group_is_stored_twice(
 ) -> None:
     run = start_run(*SHORT, "verifier.count=2")
     run.wait_for_step(2)
-    run.stop_workers("verifier", "verifier-0")  # groups pile up there
-    time.sleep(PILE_UP_S)
+    run.stop_workers("verifier", "verifier-0")
+    run.wait_until(lambda: _num_in_work(run.status())["verifier-0"], "a group to be at verifier-0")
     num_joins = run.num_joins("verifier-0")
     stopped_at = run.stop("verifier", "verifier-0")
     run.wait_until(lambda: run.was_lost("verifier-0"), "the ledger to give up verifier-0")
@@ -70,6 +70,17 @@ def test_a_verifier_that_stood_still_comes_back_and_no_group_is_stored_twice(
         "groups that it holds are sent to another; what it grades late is refused, or a duplicate",
         run.assert_survived(stopped_at),
     )
+
+
+def _num_in_work(report: wire.StatusReport) -> dict[str, float]:
+    """How many groups each verifier held at its last beat."""
+    return {m.name: m.gauges.get("groups_in_work", 0) for m in report.members if m.role is wire.Role.VERIFIER}
+
+
+def _all_wait_for_grades(run: Run) -> bool:
+    """Whether the verifiers hold all groups that are leased, and there are any."""
+    report = run.status()
+    return 0 < report.accounts["leased"] == sum(_num_in_work(report).values())
 
 
 def _were_granted_anew(run: Run, leased: dict[int, int]) -> bool:
