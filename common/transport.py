@@ -125,7 +125,10 @@ class Service:
     async def __aexit__(self, *_: object) -> None:
         if self._authenticator is not None:
             self._authenticator.stop()
-        self._context.destroy(linger=0)
+        try:
+            await asyncio.sleep(0)  # its cancelled task takes its descriptor out of the loop before another has it
+        finally:
+            self._context.destroy(linger=0)
 
     async def serve(self) -> None:
         """Answers until cancelled."""

@@ -183,17 +183,17 @@ class Engine:
             await cancel(self._manager.asyncio_tasks)
         finally:
             try:
-                self._end_processes()
+                await self._end_processes()
             finally:
                 await self._underway.break_off()
 
-    def _end_processes(self) -> None:
+    async def _end_processes(self) -> None:
         """In place of SGLang's own shutdown, which kills every child of this process, whoever started it."""
         atexit.unregister(self._engine.shutdown)
         self._manager._subprocess_watchdog.stop()  # it takes the death of a process for a crash, and ends this one
         contexts = [self._manager.send_to_scheduler.context, self._engine.send_to_rpc.context]
         try:
-            _kill(self._engine.get_all_child_pids())
+            await asyncio.to_thread(_kill, self._engine.get_all_child_pids())
         finally:
             for context in contexts:
                 context.destroy(linger=0)

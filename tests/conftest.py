@@ -12,8 +12,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from tests.leaks import nothing_left_open
 
-ENGINE = "tests/generator/"
-LONGEST = ("tests/system/", ENGINE)
+TOGETHER = ("tests/system/", "tests/generator/")  # whole runs, one after the other, and what shares the engine
 
 # How fast a busy machine is says nothing of the code. A failure of `make test` must come from the change, so
 # it has the same examples each time; `make test-full` draws new ones.
@@ -32,10 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class ByWhatTheyShare(LoadFileScheduling):
-    """The tests of a file go to one worker, with what they share; so do all that share the engine."""
+    """The tests of a file go to one worker, with what they share; so do those of some folders."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return ENGINE if nodeid.startswith(ENGINE) else super()._split_scope(nodeid)
+        return next((folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByWhatTheyShare:
@@ -44,8 +43,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByWhatT
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests begin, so that all workers end together."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    """The longest begin, so that all workers end together."""
+    items.sort(key=lambda item: not item.nodeid.startswith(TOGETHER))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -42,24 +42,28 @@ def test_a_client_of_another_run_gets_no_answer(tmp_path: Path) -> None:
         heard.append(request)
         return wire.Done()
 
-    async def main() -> None:
+    async def is_refused(keys: RunKeys | None) -> None:
         async with Service(hear, keys=ours) as service:
             serving = asyncio.create_task(service.serve())
-            for keys in (other, pretender, None):
-                before = service.refusals.counts["connections"]
-                async with Client(lambda: service.endpoint, keys=keys, name="service") as client:
-                    asking = asyncio.create_task(client.ask_once(STATUS, wire.Done, silence_s=PATIENCE_S))
-                    await comes_about(lambda: service.refusals.counts["connections"] > before, "a refusal")  # noqa: B023
-                    assert not asking.done()
-                    asking.cancel()
-            before = service.refusals.counts["connections"]
+            async with Client(lambda: service.endpoint, keys=keys, name="service") as client:
+                asking = asyncio.create_task(client.ask_once(STATUS, wire.Done, silence_s=PATIENCE_S))
+                await comes_about(lambda: service.refusals.counts["connections"], "a refusal")
+                assert not asking.done()
+                asking.cancel()
+            serving.cancel()
+
+    async def main() -> None:
+        for keys in (other, pretender, None):
+            await is_refused(keys)
+        async with Service(hear, keys=ours) as service:
+            serving = asyncio.create_task(service.serve())
             with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as stranger:
                 stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
                 stranger.curve_serverkey = ours.public.encode()  # which is no secret: only the list of keys is left
                 stranger.linger = 0
                 stranger.connect(service.endpoint)
                 await stranger.send_multipart([b"request0", wire.encode(STATUS)])
-                await comes_about(lambda: heard or service.refusals.counts["connections"] > before, "a refusal")
+                await comes_about(lambda: heard or service.refusals.counts["connections"], "a refusal")
             async with Client(lambda: service.endpoint, keys=ours, name="service") as client:
                 await client.ask(STATUS, wire.Done, deadline_s=PATIENCE_S)
             serving.cancel()

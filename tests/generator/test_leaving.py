@@ -31,9 +31,12 @@ PROBE = np.full(16, ENDLESS, np.int32)  # each is certain after the one before: 
 
 @asynccontextmanager
 async def generator_of(
-    tmp_path: Path, **changes: Any
+    tmp_path: Path, module: tuple[str, ...] = ("generator",), **changes: Any
 ) -> AsyncGenerator[tuple[Client, wire.Publish, subprocess.Popen[bytes]]]:
-    """The ledger of a run of endless answers, its first version, not published yet, and a generator that starts."""
+    """The ledger of a run of endless answers, its first version, not published yet, and a generator that starts.
+
+    `module` is what Python runs, before the run and the name.
+    """
     base = write_tiny_model(tmp_path / "base", "qwen3", max_position_embeddings=4096)
     model = write_bigram_model(tmp_path / "model", base)
     long = SamplingConfig(max_tokens=3000)
@@ -44,7 +47,7 @@ async def generator_of(
         await Learner(client, config).hello()
         await client.ask(wire.Begin(checkpoint=None, sequence=0), wire.Begun, deadline_s=PATIENCE_S)
         with (tmp_path / "stderr").open("wb") as stderr:
-            generator = start_generator(tmp_path / "run", stderr)
+            generator = start_generator(tmp_path / "run", stderr, module)
             try:
                 yield client, wire.Publish(manifest=manifest), generator
             finally:
@@ -84,6 +87,34 @@ def test_a_generator_that_is_stopped_while_it_loads_ends_after_the_load_and_says
 
     code, num_bytes = asyncio.run(scenario())
     assert code == 0
+    assert_ended_in_order(tmp_path, num_bytes)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("request_", ["pause_generation", "update_weights_from_disk", "continue_generation"])
+def test_a_generator_that_is_stopped_at_any_moment_of_an_update_ends_after_it(tmp_path: Path, request_: str) -> None:
+    run_dir = tmp_path / "run"
+
+    async def scenario() -> tuple[int, int]:
+        async with generator_of(tmp_path, ("tests.generator.held", request_)) as (client, first, generator):
+            await client.ask(first, wire.Done, deadline_s=PATIENCE_S)
+            await until((run_dir / "held").exists, "the request")
+            started = psutil.Process(generator.pid).children(recursive=True)
+            num_bytes = (tmp_path / "stderr").stat().st_size
+            generator.send_signal(signal.SIGTERM)
+            await until(lambda: has_logged(tmp_path, "engine_finishes"), "the generator to wait for the update")
+            (run_dir / "go").touch()
+            code = await asyncio.to_thread(generator.wait, PATIENCE_S)
+            await until(lambda: not living(started), "its processes to end")
+            return code, num_bytes
+
+    code, num_bytes = asyncio.run(scenario())
+    assert code == 0
+    assert_ended_in_order(tmp_path, num_bytes)
+
+
+def assert_ended_in_order(tmp_path: Path, num_bytes: int) -> None:
+    """The generator waited for what was under way, and said nothing on stderr after so many bytes."""
     assert has_logged(tmp_path, "stopped")
     assert not has_logged(tmp_path, "engine_given_up")
     said = (tmp_path / "stderr").read_text()[num_bytes:]
@@ -131,7 +162,7 @@ async def has_leased(client: Client, num: int) -> bool:
     return report.accounts["leased"] == num
 
 
-def start_generator(run_dir: Path, stderr: BinaryIO) -> subprocess.Popen[bytes]:
+def start_generator(run_dir: Path, stderr: BinaryIO, module: tuple[str, ...]) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "generator", str(run_dir), NAME]
+    command = [sys.executable, "-m", *module, str(run_dir), NAME]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr)

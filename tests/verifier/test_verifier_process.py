@@ -115,7 +115,7 @@ def test_a_group_is_decoded_graded_and_the_ledgers_verdict_relayed(make_run: Mak
             await _until(lambda: sum(beat.stats.num_items for beat in ledger.beats if beat.stats) == 3)
             newest = ledger.beats[-1].stats
             assert newest is not None
-            assert newest.gauges == {"num_timeout": 0, "num_error": 0, "num_workers_replaced": 0}
+            assert newest.gauges.items() >= {"num_timeout": 0, "num_error": 0, "num_workers_replaced": 0}.items()
 
     asyncio.run(body())
 
