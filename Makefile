@@ -38,7 +38,7 @@ tests: setup
 ONLY ?=
 test-full: setup
 	$(BIN)/python -m pytest $(if $(ONLY),-m "$(ONLY)",--cov) \
-		--hypothesis-profile new-examples --reliability docs/reliability.md
+		--hypothesis-profile new-examples --reliability=docs/reliability.md
 
 bench: setup
 	$(BIN)/python -m tests.bench --all --write docs/benchmarks.md

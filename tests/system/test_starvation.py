@@ -51,7 +51,10 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _sampling_error(num: int) -> float:
-    """Three standard deviations of the share of long prompts among `num` that are drawn one by one."""
+    """Three standard deviations of the share of long prompts among `num` that are drawn one by one.
+
+    Which come first is the seed's: the same in each run.
+    """
     share = NUM_LONG / NUM_PROMPTS
     return 3 * math.sqrt(share * (1 - share) / num)
 
