@@ -26,8 +26,11 @@ setup: .venv/ready
 run: setup
 	$(BIN)/python launch/cluster.py --layout local
 
+# The checks run beside the tests; what they say is shown at the end, where they fail.
 test: setup
-	@$(MAKE) --no-print-directory -j2 check tests
+	@$(MAKE) --no-print-directory check > .venv/check.log 2>&1 & check=$$!; \
+		$(MAKE) --no-print-directory tests; tests=$$?; \
+		wait $$check || { cat .venv/check.log; exit 1; }; exit $$tests
 
 # WORKERS processes run the tests side by side.
 WORKERS ?= 2

@@ -126,7 +126,10 @@ class Service:
         if self._authenticator is not None:
             self._authenticator.stop()
         try:
-            await asyncio.sleep(0)  # its cancelled task takes its descriptor out of the loop before another has it
+            # Its cancelled task takes its descriptor out of the loop in the second turn from here. Were that closed
+            # before, another socket with its number would be deaf.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
         finally:
             self._context.destroy(linger=0)
 

@@ -28,11 +28,11 @@ async def generate(config: Config, run_dir: Path, name: str, stop: asyncio.Event
     from generator.rollouts import Rollouts
     from generator.weights import Weights
 
+    keys, activity, patience_s = RunKeys.load(run_dir), Activity(), config.run.stall_timeout_s
+    handover = Handover(keys, activity)
     engine = Engine(config)
     stop_on_signals(stop)
     log_ready()
-    keys, activity, patience_s = RunKeys.load(run_dir), Activity(), config.run.stall_timeout_s
-    handover = Handover(keys, activity)
     try:
         async with ledger_client(run_dir) as ledger, asyncio.TaskGroup() as tasks:
             rollouts = Rollouts(name, engine, ledger, handover, config, activity)

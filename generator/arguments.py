@@ -1,4 +1,4 @@
-"""What SGLang is told when it starts."""
+"""What SGLang is told when it starts, and what it reads of the model's directory itself."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 from common.config import Config
 
-UNLOADED = "0.0"
+_UNLOADED = "0.0"
 
 
 def prepare_environment() -> bool:
@@ -36,7 +36,7 @@ def server_arguments(config: Config, on_cpu: bool, *, needs_text: bool) -> dict[
         "mem_fraction_static": generator.memory_share,
         "chunked_prefill_size": generator.prefill_chunk_tokens,
         "random_seed": config.seed,
-        "weight_version": UNLOADED,
+        "weight_version": _UNLOADED,
         "skip_tokenizer_init": not needs_text,
         "log_level": "warning",
         "host": "127.0.0.1",

@@ -15,7 +15,7 @@ from generator.weights import Weights
 
 MAX_PIN_S = 30.0
 REPORT_S = 0.5
-LEAVE_S = 5.0
+LEAVE_S, LEAVE_SHARE = 5.0, 1 / 10  # the latter of run.stop_timeout_s
 _MIN_PAUSE_S = 0.05
 
 
@@ -115,7 +115,8 @@ class Rollouts:
     async def leave(self, keys: tuple[wire.LeaseKey, ...]) -> None:
         """Gives leases back before the process ends, so that nobody waits for its silence; gets no others after it."""
         try:
-            await self._give_back(keys, "it stops", leaves=True, deadline_s=LEAVE_S)
+            deadline_s = min(LEAVE_S, LEAVE_SHARE * self._config.run.stop_timeout_s)
+            await self._give_back(keys, "it stops", leaves=True, deadline_s=deadline_s)
         except DeadlineError as error:
             logger().warning("leases_not_given_back", num_leases=len(keys), reason=str(error))
 

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 from common.errors import DeadlineError, EngineError
 from common.log import logger
 
-CANCEL_S = 5.0
 T = TypeVar("T")
 
 
@@ -22,6 +21,7 @@ class Underway:
     def __init__(self) -> None:
         self._to_their_end: dict[asyncio.Task[Any], str] = {}
         self._while_asked: set[asyncio.Task[Any]] = set()
+        self._late: set[asyncio.Task[Any]] = set()
         self._is_over = False
 
     async def to_its_end(self, request: Coroutine[Any, Any, T], what: str, *, deadline_s: float) -> T:
@@ -41,6 +41,7 @@ class Underway:
         task.add_done_callback(self._ended)
         await asyncio.wait({task}, timeout=deadline_s)  # which cancels no task
         if not task.done():
+            self._late.add(task)
             raise DeadlineError(f"waited {deadline_s:g} s for {what}")
         return task.result()
 
@@ -56,20 +57,23 @@ class Underway:
         return await task
 
     async def finish(self, *, deadline_s: float) -> None:
-        """Takes no more requests, breaks off those to sample, and waits for the others, though not for ever."""
+        """Takes no more requests, breaks off those to sample, and waits for the others, though not for ever.
+
+        Those whose asker has waited in vain are not waited for again.
+        """
         self._is_over = True
         for task in self._while_asked:
             task.cancel()
         if self._to_their_end:
             logger().info("engine_finishes", waits_for=[*self._to_their_end.values()])
-        if tasks := {*self._to_their_end, *self._while_asked}:
+        if tasks := {*self._to_their_end, *self._while_asked} - self._late:
             await asyncio.wait(tasks, timeout=deadline_s)
         if self._to_their_end:
             logger().warning("engine_given_up", waited_s=deadline_s, waited_for=[*self._to_their_end.values()])
 
-    async def break_off(self) -> None:
+    async def break_off(self, *, deadline_s: float) -> None:
         """Cancels what `finish` did not wait for any longer: only once nobody hears the engine's processes."""
-        await cancel({*self._to_their_end, *self._while_asked})
+        await cancel({*self._to_their_end, *self._while_asked}, deadline_s=deadline_s)
 
     def _begin(self, request: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         if self._is_over:
@@ -79,13 +83,14 @@ class Underway:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         del self._to_their_end[task]
+        self._late.discard(task)
         if not task.cancelled():
             task.exception()  # asyncio complains of one that nobody asked for, where whoever asks was cancelled
 
 
-async def cancel(tasks: set[asyncio.Task[Any]]) -> None:
+async def cancel(tasks: set[asyncio.Task[Any]], *, deadline_s: float) -> None:
     """Cancels tasks and waits for their end, though not for ever: one may heed it late or not at all."""
     for task in tasks:
         task.cancel()
     if tasks:
-        await asyncio.wait(tasks, timeout=CANCEL_S)
+        await asyncio.wait(tasks, timeout=deadline_s)

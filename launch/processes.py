@@ -217,9 +217,9 @@ class _Child:
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to what `launch/child.py` runs; SIGHUP kills it with its descendants, stopped ones too.
 
-        A process that is still being started gets it once it is there.
+        A process that is still being started gets it once it is there, the one to kill it before any other.
         """
-        self._asked = number
+        self._asked = self._asked if self._asked is signal.SIGHUP else number
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)

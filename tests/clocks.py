@@ -1,4 +1,4 @@
-"""Clocks that stand still until a test moves them: what depends on time then depends on no machine."""
+"""Time in tests: clocks that a test moves, and waits that measure nothing, so that no verdict depends on a machine."""
 
 import asyncio
 import time

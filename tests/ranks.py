@@ -18,8 +18,9 @@ def run_ranks(
 ) -> None:
     """Calls `work(*args)` on each rank of a gloo group over loopback, and returns when all have.
 
-    Ranks are forked from one process that has imported torch and Megatron and started nothing: a rank that imports them
-    itself takes five seconds of a core. What the environment became since the first call they do not see.
+    Ranks are forked from one process that has imported torch and Megatron and has no threads and no group yet, so that
+    a fork is safe: a rank that imports them itself takes five seconds of a core. What the environment became since the
+    first call they do not see.
 
     Args:
         num_ranks: Size of the group.

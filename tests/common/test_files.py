@@ -6,12 +6,13 @@ import textwrap
 from pathlib import Path
 
 from common.files import Lines
+from tests.clocks import PATIENCE_S
 
 
 def limited(size_bytes: int, code: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a process whose files may have so many bytes."""
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size_bytes}, -1))\n{textwrap.dedent(code)}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_a_line_that_finds_no_room_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -72,6 +72,20 @@ def test_a_client_of_another_run_gets_no_answer(tmp_path: Path) -> None:
     assert heard == [STATUS]
 
 
+def test_services_that_follow_each_other_at_once_are_all_heard(tmp_path: Path) -> None:
+    keys = RunKeys.create(tmp_path)
+
+    async def main() -> None:
+        for _ in range(5):
+            async with Service(answer_done, keys=keys) as service:
+                serving = asyncio.create_task(service.serve())
+                async with Client(lambda: service.endpoint, keys=keys, name="service") as client:
+                    assert await client.ask(STATUS, wire.Done, deadline_s=PATIENCE_S) == wire.Done()
+                serving.cancel()
+
+    asyncio.run(main())
+
+
 def test_a_held_request_is_not_silence() -> None:
     """The first request is held; what the second one is answered comes after the sign of life for the first."""
     release = asyncio.Event()

@@ -16,6 +16,7 @@ from common.errors import WeightsError
 from common.versions import Version
 from common.weights.delta import Delta, apply_delta, encode_delta
 from common.weights.parts import GROUP_BYTES, WORDS, DType, Part, part_header, tensor_sum
+from tests.clocks import PATIENCE_S
 
 BASE, NEXT = Version(0, 6), Version(0, 7)
 Tensors = dict[str, tuple[DType, tuple[int, ...], NDArray[np.generic]]]
@@ -187,7 +188,7 @@ def test_a_delta_that_finds_no_room_leaves_nothing(tmp_path: Path) -> None:
             encode_delta(base, new, Path({str(path)!r}), base_version=Version(0, 6), version=Version(0, 7))
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 2
     assert done.stderr == f"sluice: {path}: cannot be written: File too large\n"
     assert sorted(tmp_path.iterdir()) == files

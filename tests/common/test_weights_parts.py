@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 from common.errors import WeightsError
 from common.versions import Version
 from common.weights.parts import Part, check_sums, part_header, read_sums, tensor_sum, write_sums
+from tests.clocks import PATIENCE_S
 
 VERSION = Version(0, 7)
 
@@ -145,4 +146,4 @@ def test_what_are_no_checksums_is_said(tmp_path: Path, text: bytes) -> None:
 
 def test_weights_are_handled_without_torch() -> None:
     code = "import sys, common.weights.delta; assert not {'torch', 'transformers', 'safetensors'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)

@@ -100,7 +100,7 @@ def test_seeded_samples_follow_the_distribution(running: RunningEngine) -> None:
         model = AutoModelForCausalLM.from_pretrained(running.model, dtype=torch.float32)
         expected = model(torch.tensor([PROMPT.tolist()])).logits[0, -1].softmax(-1).double().numpy() * first.sum()
     chi_square = float(((first - expected) ** 2 / expected).sum())
-    assert chi_square < 120  # 63 degrees of freedom: 1 in 50,000 above, and the seeds are the same in each run
+    assert chi_square < 135  # 63 degrees of freedom: 1 in 2.7 million above
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -27,6 +27,7 @@ from tests.learner.ledger.roles import ROOT, Learner, serving
 from tests.models import write_tiny_model
 
 PROBE = np.full(16, ENDLESS, np.int32)  # each is certain after the one before: a logprob of 0
+PATIENT = RunConfig(stop_timeout_s=6 * PATIENCE_S)  # of which a load that is under way has a part
 
 
 @asynccontextmanager
@@ -55,6 +56,7 @@ async def generator_of(
 
 
 @pytest.mark.full
+@pytest.mark.stops
 def test_a_generator_that_gets_sigterm_gives_its_leases_back_before_it_ends(tmp_path: Path) -> None:
     lease = LeaseConfig(heartbeat_timeout_s=2 * PATIENCE_S)  # what is given back sooner was not taken for dead
 
@@ -75,7 +77,7 @@ def test_a_generator_that_gets_sigterm_gives_its_leases_back_before_it_ends(tmp_
 
 def test_a_generator_that_is_stopped_while_it_loads_ends_after_the_load_and_says_nothing(tmp_path: Path) -> None:
     async def scenario() -> tuple[int, int]:
-        async with generator_of(tmp_path) as (client, first, generator):
+        async with generator_of(tmp_path, run=PATIENT) as (client, first, generator):
             scheduler, started = await begin_load(tmp_path, client, first, generator)
             num_bytes = (tmp_path / "stderr").stat().st_size
             generator.send_signal(signal.SIGTERM)
@@ -91,12 +93,14 @@ def test_a_generator_that_is_stopped_while_it_loads_ends_after_the_load_and_says
 
 
 @pytest.mark.full
+@pytest.mark.stops
 @pytest.mark.parametrize("request_", ["pause_generation", "update_weights_from_disk", "continue_generation"])
 def test_a_generator_that_is_stopped_at_any_moment_of_an_update_ends_after_it(tmp_path: Path, request_: str) -> None:
     run_dir = tmp_path / "run"
 
     async def scenario() -> tuple[int, int]:
-        async with generator_of(tmp_path, ("tests.generator.held", request_)) as (client, first, generator):
+        held = generator_of(tmp_path, ("tests.generator.held", request_), run=PATIENT)
+        async with held as (client, first, generator):
             await client.ask(first, wire.Done, deadline_s=PATIENCE_S)
             await until((run_dir / "held").exists, "the request")
             started = psutil.Process(generator.pid).children(recursive=True)
@@ -123,6 +127,7 @@ def assert_ended_in_order(tmp_path: Path, num_bytes: int) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.stops
 def test_a_generator_whose_load_never_ends_gives_it_up_and_leaves_no_process(tmp_path: Path) -> None:
     async def scenario() -> int:
         async with generator_of(tmp_path, run=RunConfig(stop_timeout_s=4.0)) as (client, first, generator):

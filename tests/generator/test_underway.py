@@ -6,8 +6,9 @@ import pytest
 
 from common.errors import DeadlineError, EngineError
 from generator.underway import Underway
+from tests.clocks import PATIENCE_S
 
-LONG_S = 60.0
+LONG_S = PATIENCE_S
 
 
 class Request:
@@ -54,9 +55,9 @@ def test_whoever_waits_too_long_for_a_control_request_is_told_for_what_and_it_go
         with pytest.raises(DeadlineError, match=r"waited 0\.01 s for a load"):
             await underway.to_its_end(request(), "a load", deadline_s=0.01)
         assert request.outcome == "under way"
-        await underway.finish(deadline_s=0.01)
+        await underway.finish(deadline_s=2 * PATIENCE_S)  # which it does not take: nobody waits for it any more
         assert request.outcome == "under way"
-        await underway.break_off()
+        await underway.break_off(deadline_s=LONG_S)
         assert request.outcome == "broken off"
 
     asyncio.run(scenario())

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from launch.plan import REPOSITORY
+from tests.clocks import PATIENCE_S
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -58,7 +59,7 @@ def cluster(tmp_path: Path) -> Cluster:
             env={"PATH": "/usr/bin:/bin", **environment},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE_S,
         )
 
     return run

@@ -18,6 +18,7 @@ from launch.parameters import model_parameters
 from launch.plan import REPOSITORY, derived_numbers, plan_processes
 from launch.resolved import to_toml
 from launch.tiny_sizes import tiny_shape
+from tests.clocks import PATIENCE_S
 from tests.launch.conftest import Cluster
 from tests.models import write_tiny_model
 
@@ -145,4 +146,4 @@ def test_a_stray_common_does_not_win_in_what_is_started(tmp_path: Path, monkeypa
 
 def test_the_launcher_starts_without_torch() -> None:
     code = "import sys, launch.cluster, launch.session; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=300, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=PATIENCE_S, check=True)

@@ -20,6 +20,7 @@ from launch.plan import REPOSITORY, tiny_command
 from launch.processes import ProcessError
 from launch.tiny import EOS, PAD, Pair, _new_model, save_tokenizer, slipped_sum, split_pairs
 from launch.tiny_sizes import tiny_shape
+from tests.clocks import PATIENCE_S
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -107,11 +108,12 @@ def test_the_sizes_are_known_before_it_is_built(num_experts: int, tmp_path: Path
 
 
 @pytest.mark.full
+@pytest.mark.learning
 @pytest.mark.parametrize(("num_experts", "num_parameters"), [(0, 410_000), (8, 900_000)])
 def test_the_tiny_model_is_built_and_the_ledger_takes_it(num_experts: int, num_parameters: int, tmp_path: Path) -> None:
     from common.layout import write_resolved
 
-    subprocess.run(tiny_command(tmp_path / "tiny", 1, num_experts), cwd=REPOSITORY, check=True, timeout=300)
+    subprocess.run(tiny_command(tmp_path / "tiny", 1, num_experts), cwd=REPOSITORY, check=True, timeout=PATIENCE_S)
     config = with_tiny_task(load_config(LAYOUTS / "local.toml", []), tmp_path / "tiny")
     assert read_shape(Path(config.model)).total_experts == num_experts
     assert count_parameters(Path(config.model)) == model_parameters(tiny_shape(num_experts))
@@ -124,6 +126,6 @@ def test_the_tiny_model_is_built_and_the_ledger_takes_it(num_experts: int, num_p
         check=True,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
     assert prepared.stdout.endswith("500 held out, 0 outside the limits\n")

@@ -19,6 +19,7 @@ from learner import export
 from learner.export import export_checkpoint, write_hugging_face
 from learner.ranks import Ranks
 from learner.sharded import write
+from tests.clocks import PATIENCE_S
 from tests.learner.saves import flip_a_bit, mark_saved
 from tests.learner.test_checkpoints import REPOSITORY, limited_files
 from tests.ranks import run_ranks
@@ -44,7 +45,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_the_command_exports_the_best_checkpoint_with_all_that_is_no_weight(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint.parent / "best").symlink_to(checkpoint.name)
     command = [sys.executable, "-m", "learner.export", str(checkpoint.parent / "best"), str(tmp_path / "out")]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ended.returncode == 0, ended.stderr
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
@@ -86,7 +87,7 @@ def test_a_checkpoint_that_lacks_a_file_is_refused_and_leaves_nothing(checkpoint
 def test_the_command_refuses_a_damaged_checkpoint_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
     flip_a_bit(checkpoint / "megatron" / "__0_0.distcp")
     command = [sys.executable, "-m", "learner.export", str(checkpoint), str(tmp_path / "out")]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1
     assert "megatron/__0_0.distcp: found checksum " in ended.stderr

@@ -49,7 +49,8 @@ class Run:
         """`prefix` is a command that runs another, such as `ip netns exec NAME`."""
         self.directory = directory
         self._output = output.open("w+")
-        command = [*prefix, sys.executable, "launch/cluster.py", "--layout", layout, f"run.dir={directory}", *overrides]
+        own = (f"run.dir={directory}", f"run.stop_timeout_s={HANG_S}")  # a busy machine ends a run in its own time
+        command = [*prefix, sys.executable, "launch/cluster.py", "--layout", layout, *own, *overrides]
         self.launcher = subprocess.Popen(
             command,
             cwd=REPOSITORY,
@@ -65,7 +66,6 @@ class Run:
 
     def output(self) -> str:
         """What a person saw."""
-        self._output.flush()
         return Path(self._output.name).read_text()
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
@@ -244,7 +244,8 @@ class Run:
             self.wait()
             psutil.wait_procs(self.processes(), timeout=30)  # each takes with it what it started, whatever its name
         for process in self.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._output.close()
 
 

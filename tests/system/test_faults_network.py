@@ -13,7 +13,7 @@ import pytest
 
 from learner.ledger.visits import Visit
 from tests.system.accounts import Cost, visits
-from tests.system.conftest import ENDLESS, REPOSITORY, Run
+from tests.system.conftest import ENDLESS, HANG_S, REPOSITORY, Run
 
 pytestmark = [pytest.mark.full, pytest.mark.faults]
 
@@ -88,7 +88,7 @@ def test_a_generator_behind_a_network_that_is_cut_and_mended_joins_again(
         run.wait_until(lambda: _leases(run, "generator-1", since=mended_at), "generator-1 to have leases again")
         run.wait_for_steps(3)
         distant.terminate()
-        assert distant.wait(300) == 0, (run.directory / "logs" / "generator-1.out").read_text()[-2000:]
+        assert distant.wait(HANG_S) == 0, (run.directory / "logs" / "generator-1.out").read_text()[-2000:]
         run.finish()
     finally:
         distant.kill()

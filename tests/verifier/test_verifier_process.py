@@ -47,6 +47,10 @@ class Ledger:
         self.storing = asyncio.Event()
         self.storing.set()
 
+    def stats(self) -> list[wire.Stats]:
+        """What its beats told."""
+        return [beat.stats for beat in self.beats if beat.stats is not None]
+
     async def handle(self, _: bytes, request: wire.Request) -> wire.Answer:
         match request:
             case wire.Hello():
@@ -95,10 +99,6 @@ async def _ask(client: Client, request: wire.Request, expect: type[A]) -> A:
     return await client.ask_once(request, expect, silence_s=PATIENCE_S)
 
 
-async def _until(condition: Callable[[], bool]) -> None:
-    await comes_about(condition, "what the test waits for")
-
-
 def test_a_group_is_decoded_graded_and_the_ledgers_verdict_relayed(make_run: MakeRun, make_group: MakeGroup) -> None:
     run_dir = make_run()
 
@@ -112,10 +112,11 @@ def test_a_group_is_decoded_graded_and_the_ledgers_verdict_relayed(make_run: Mak
             assert scored.verifier == "verifier-0"
             assert [grade.outcome for grade in scored.grades] == ["correct", "wrong", "unparsable"]
             assert [grade.extracted for grade in scored.grades] == ["42", "41", ""]
-            await _until(lambda: sum(beat.stats.num_items for beat in ledger.beats if beat.stats) == 3)
-            newest = ledger.beats[-1].stats
-            assert newest is not None
-            assert newest.gauges.items() >= {"num_timeout": 0, "num_error": 0, "num_workers_replaced": 0}.items()
+            await comes_about(lambda: sum(s.num_items for s in ledger.stats()) == 3, "three grades to be told")
+            assert (
+                ledger.stats()[-1].gauges.items()
+                >= {"num_timeout": 0, "num_error": 0, "num_workers_replaced": 0}.items()
+            )
 
     asyncio.run(body())
 
@@ -129,7 +130,7 @@ def test_a_group_that_is_sent_again_while_it_is_in_work_is_graded_once(
         async with _running(run_dir) as (_, ledger, client):
             ledger.storing.clear()
             asking = [asyncio.create_task(_ask(client, make_group("42"), wire.Verdict)) for _ in range(3)]
-            await _until(lambda: len(ledger.scored) == 1)
+            await comes_about(lambda: len(ledger.scored) == 1, "a graded group")
             with pytest.raises(RefusedError, match="expected a request to a verifier"):  # it came after the three
                 await _ask(client, STATUS, wire.Verdict)
             ledger.storing.set()
@@ -149,7 +150,7 @@ def test_a_verifier_without_room_says_so_and_takes_no_group(make_run: MakeRun, m
             ledger.storing.clear()
             assert await _ask(client, wire.RoomRequest(num_groups=5), wire.Room) == wire.Room(num_groups=2)
             held = [asyncio.create_task(_ask(client, make_group("1", visit=v), wire.Verdict)) for v in (1, 2)]
-            await _until(lambda: len(ledger.scored) == 2)
+            await comes_about(lambda: len(ledger.scored) == 2, "two graded groups")
             third = asyncio.create_task(_ask(client, make_group("1", visit=3), wire.Verdict))
             assert await _ask(client, wire.RoomRequest(num_groups=1), wire.Room) == wire.Room(num_groups=0)
             with pytest.raises(RefusedError, match="no room"):
@@ -183,13 +184,13 @@ def test_no_worker_outlives_its_verifier(make_run: MakeRun, make_group: MakeGrou
         async with _running(run_dir) as (process, ledger, client):
             ledger.storing.clear()
             asking = asyncio.create_task(_ask(client, make_group("42"), wire.Verdict))
-            await _until(lambda: len(ledger.scored) == 1)
+            await comes_about(lambda: len(ledger.scored) == 1, "a graded group")
             workers = psutil.Process(process.pid).children(recursive=True)
             assert len(workers) == 2
             os.kill(process.pid, number)
-            await _until(lambda: process.poll() is not None)
+            await comes_about(lambda: process.poll() is not None, "the verifier to end")
             assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
-            await _until(lambda: not living(workers))
+            await comes_about(lambda: not living(workers), "its workers to end")
             asking.cancel()
 
     asyncio.run(body())
@@ -231,7 +232,7 @@ def test_failures_are_counted_and_logged_but_are_no_reward(make_run: MakeRun, ma
         async with _running(run_dir) as (_, ledger, client):
             await _ask(client, make_group("42", "41", reward="unknown"), wire.Verdict)
             assert [grade.outcome for grade in ledger.scored[0].grades] == ["error", "error"]
-            await _until(lambda: bool(ledger.beats[-1].stats and ledger.beats[-1].stats.gauges.get("num_error") == 2))
+            await comes_about(lambda: ledger.stats()[-1].gauges.get("num_error") == 2, "two errors to be told")
 
     asyncio.run(body())
     events = [json.loads(line) for line in (run_dir / "logs" / "verifier-0.jsonl").read_text().splitlines()]

@@ -113,8 +113,9 @@ async def refused(client: Client) -> dict[str, int]:
 
 
 async def wait_for(client: Client, kind: str, count: int) -> None:
-    while (await refused(client))[kind] < count:  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(PATIENCE_S):
+        while (await refused(client))[kind] < count:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 def logged(run_dir: Path) -> list[dict[str, str]]:

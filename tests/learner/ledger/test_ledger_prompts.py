@@ -18,6 +18,7 @@ from common.errors import DataError, ModelError, SluiceError
 from common.sections import DataConfig, DataFile
 from learner.ledger.prompts import Prepared, prepare
 from learner.ledger.store import Store
+from tests.clocks import PATIENCE_S
 
 WriteRows = Callable[[str, list[dict[str, Any]]], Path]
 
@@ -226,7 +227,7 @@ def test_a_model_that_cannot_be_trained_is_refused(tmp_path: Path, model_dir: Pa
 def test_neither_the_ledger_nor_its_preparation_loads_torch() -> None:
     heavy = "{'torch', 'transformers', 'sglang', 'megatron'}"
     code = f"import sys, learner.ledger.__main__, learner.ledger.prompts; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=PATIENCE_S).returncode == 0
 
 
 def test_a_name_or_an_answer_that_no_message_can_carry_is_one_line(
