@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from common.config import Config
@@ -19,6 +20,18 @@ def prepare_environment() -> bool:
         return False
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     return True
+
+
+def make_rendezvous(on_cpu: bool) -> TemporaryDirectory[str]:
+    """Where SGLang's ranks find each other, by a file: a port that is free now may be taken when they listen.
+
+    Its kernels for CPUs name the memory that ranks share by MASTER_PORT: no other engine of this machine has this one.
+    """
+    directory = TemporaryDirectory(prefix="sluice-")
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{directory.name}/ranks"
+    if on_cpu:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getpid())}
+    return directory
 
 
 def server_arguments(config: Config, on_cpu: bool, *, needs_text: bool) -> dict[str, Any]:

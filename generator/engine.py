@@ -21,7 +21,7 @@ from common.routes import RouteShape, encode_routes, route_shape
 from common.shape import read_shape
 from common.versions import Version
 from common.wire import Completion, FinishReason, VersionSpan
-from generator.arguments import eos_token_ids, prepare_environment, server_arguments
+from generator.arguments import eos_token_ids, make_rendezvous, prepare_environment, server_arguments
 from generator.underway import Underway, cancel
 
 LOAD_SHARE = 1 / 2  # of run.stall_timeout_s: so that another engine can be there before it is over
@@ -66,6 +66,7 @@ class Engine:
         self.eos_token_ids = eos_token_ids(Path(config.model))
         self._routes = route_shape(read_shape(Path(config.model))) if config.learner.routing_replay else None
         on_cpu = prepare_environment()
+        self._rendezvous = make_rendezvous(on_cpu)
         import sglang
 
         try:
@@ -197,6 +198,7 @@ class Engine:
         finally:
             for context in contexts:
                 context.destroy(linger=0)
+            self._rendezvous.cleanup()
 
     async def _swap(self, manifest: wire.Manifest) -> None:
         from sglang.srt.managers.io_struct import (

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 24
-MIN_CHUNK_ROWS = 64  # below, matrix products round differently from larger ones
+MIN_CHUNK_ROWS = 64  # below, matrix products are slow and round differently from larger ones
 
 
 def linear_logprobs(
@@ -25,8 +25,9 @@ def linear_logprobs(
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
     """Logprob of each row's target and entropy of its distribution; float32. The logprobs have a gradient.
 
-    The values are those of the whole logits `hidden @ weight.T`, bit for bit where one rank has the vocabulary. Peak
-    memory beside inputs and gradients is a few chunks of at least 64 rows of logits, however many rows there are.
+    The values are those of the whole logits `hidden @ weight.T`, but for the last bits, where a matrix product of fewer
+    rows may round differently. Peak memory beside inputs and gradients is a few chunks of at least 64 rows of logits,
+    however many rows there are.
 
     Args:
         hidden: Final hidden states. With `group`, the same on each of its ranks.

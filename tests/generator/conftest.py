@@ -77,7 +77,7 @@ def running_engine(config: Config) -> Generator[RunningEngine]:
 @pytest.fixture(scope="package")  # an idle engine keeps a core busy
 def running(tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningEngine]:
     """An engine of the tiny model, with room for long answers."""
-    model = write_tiny_model(tmp_path_factory.mktemp("long") / "model", "qwen3", max_position_embeddings=4096)
+    model = write_tiny_model(tmp_path_factory.mktemp("long") / "model", "qwen3", max_position_embeddings=32_768)
     with running_engine(Config(model=str(model), generator=GeneratorConfig())) as running:
         yield running
 

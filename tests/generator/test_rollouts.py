@@ -19,6 +19,7 @@ from tests.generator.sites import Site, make_run, site
 from tests.groups import completion, grade, training_group
 from tests.learner.ledger.roles import Fleet
 
+PATIENT = LeaseConfig(heartbeat_timeout_s=2 * PATIENCE_S)  # a fleet that a test drives by hand has no heartbeat
 LATE = LeaseConfig(completion_timeout_s=PATIENCE_S, max_attempts=2)  # it passes when a test says so
 LONGER = SamplingConfig(max_tokens=4000)
 MANY_TOKENS = 50  # of an answer that does not end
@@ -59,7 +60,9 @@ def test_a_lease_that_falls_behind_stops_using_the_engine(bigrams: RunningEngine
     """By the scheduler's own count of requests and of tokens in the KV cache. Another generator does the steps."""
     engine, run_dir, prompts = bigrams.engine, tmp_path / "run", ["b", *["a"] * 9]
     one = GeneratorConfig(max_groups=1)
-    config = make_run(run_dir, bigrams.model, prompts, group_size=2, max_staleness=1, sampling=LONGER, generator=one)
+    config = make_run(
+        run_dir, bigrams.model, prompts, group_size=2, max_staleness=1, sampling=LONGER, generator=one, lease=PATIENT
+    )
     idle, seen = engine.load_now(), []
 
     async def scenario() -> None:

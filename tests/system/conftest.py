@@ -49,7 +49,8 @@ class Run:
         """`prefix` is a command that runs another, such as `ip netns exec NAME`."""
         self.directory = directory
         self._output = output.open("w+")
-        own = (f"run.dir={directory}", f"run.stop_timeout_s={HANG_S}")  # a busy machine ends a run in its own time
+        patient = (f"run.stop_timeout_s={HANG_S}", f"run.stall_timeout_s={HANG_S}")  # of a busy machine
+        own = (f"run.dir={directory}", *patient)
         command = [*prefix, sys.executable, "launch/cluster.py", "--layout", layout, *own, *overrides]
         self.launcher = subprocess.Popen(
             command,

@@ -94,12 +94,22 @@ def _check_checkpoint(path: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    began = AutoModelForCausalLM.from_pretrained(read_resolved(path.parents[2]).model, dtype=torch.float32)
+    config = read_resolved(path.parents[2])
+    began = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     moved = [float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), began.parameters(), strict=True)]
     assert 0 < max(moved) < 0.1
-    ids = tokenizer("12+34=", return_tensors="pt", add_special_tokens=False).input_ids
-    answer = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
-    assert tokenizer.decode(answer).startswith("46")
+    # Of the sums without a carry, some 170, the warm-up leaves 95 % right, on whatever processor.
+    rows = [json.loads(line) for line in Path(config.data.test[0].path).read_text().splitlines()]
+    easy = [row for row in rows if _needs_no_carry(row["prompt"])]
+    ids = tokenizer([row["prompt"] for row in easy], return_tensors="pt", add_special_tokens=False).input_ids
+    answers = tokenizer.batch_decode(model.generate(ids, max_new_tokens=4, do_sample=False)[:, ids.shape[1] :])
+    right = [answer.startswith(row["answer"]) for answer, row in zip(answers, easy, strict=True)]
+    assert sum(right) > len(right) / 2 > 50
+
+
+def _needs_no_carry(prompt: str) -> bool:
+    a, b = map(int, prompt.removesuffix("=").split("+"))
+    return a % 10 + b % 10 < 10 and a + b < 100
 
 
 def test_a_mixture_of_experts_trains_on_a_file_prepared_for_verl(start_run: Callable[..., Run], tmp_path: Path) -> None:

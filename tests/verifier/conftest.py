@@ -13,6 +13,7 @@ from common.layout import write_resolved
 from common.rendezvous import RunKeys
 from common.sections import VerifierConfig
 from common.versions import Version
+from tests.clocks import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +44,7 @@ def make_run(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
         run_dir = tmp_path / "run"
         run_dir.mkdir()
         RunKeys.create(run_dir)
-        config = Config(model=str(tmp_path / "model"), verifier=VerifierConfig(**values))
+        config = Config(model=str(tmp_path / "model"), verifier=VerifierConfig(**{"deadline_s": PATIENCE_S, **values}))
         write_resolved(config, run_dir)
         return run_dir
 

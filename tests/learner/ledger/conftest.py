@@ -13,14 +13,16 @@ from common import wire
 from common.config import Config
 from common.layout import write_resolved
 from common.rendezvous import RunKeys
-from common.sections import DataConfig
+from common.sections import DataConfig, LeaseConfig
 from common.versions import Version
 from common.wire import LeaseKey
+from tests.clocks import PATIENCE_S
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+PATIENT = LeaseConfig(heartbeat_timeout_s=2 * PATIENCE_S)  # roles that a test drives by hand have no heartbeat
 MakeGroup = Callable[..., wire.ScoredGroup]
 
 
@@ -67,6 +69,7 @@ def make_run(
             "groups_per_step": 2,
             "updates_per_step": 1,
             "model": str(model_dir),
+            "lease": PATIENT,
         }
         config = Config(data=data, **{**defaults, **values})
         run_dir = tmp_path / "run"

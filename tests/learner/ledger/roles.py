@@ -112,11 +112,13 @@ async def serving_by_hand(run_dir: Path, config: Config) -> AsyncGenerator[Clien
     ):
         parts = (service.serve(), ledger.keeper.keep_time(), ledger.keeper.keep_log_short(), ledger.leases.work())
         working = [asyncio.create_task(part) for part in parts]
-        yield client
-        for task in working:
-            task.cancel()
-        await asyncio.gather(*working, return_exceptions=True)
-    store.close()
+        try:
+            yield client
+        finally:
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
+            store.close()
 
 
 async def let_ticks_pass(seconds: float) -> None:
@@ -127,6 +129,7 @@ async def let_ticks_pass(seconds: float) -> None:
 
 async def has_come(client: Client) -> None:
     """Returns when the ledger has taken up all that the client asked before: one answers what is asked in order."""
+    await asyncio.sleep(0)  # a task that asks has begun
     await client.ask(wire.Status(), wire.StatusReport, deadline_s=PATIENCE_S)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -64,11 +64,13 @@ async def strait(run_dir: Path, max_bytes: int) -> AsyncGenerator[str]:
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_ledger, to_ledger = await asyncio.open_connection(host, int(port))
         ends.extend((to_ledger, writer))
-        async with asyncio.TaskGroup() as ways:
-            ways.create_task(_pass_on(reader, to_ledger, max_bytes))
-            await _pass_on(from_ledger, writer, 1 << 60)
-        to_ledger.close()
-        writer.close()
+        try:
+            async with asyncio.TaskGroup() as ways:
+                ways.create_task(_pass_on(reader, to_ledger, max_bytes))
+                await _pass_on(from_ledger, writer, 1 << 60)
+        finally:
+            to_ledger.close()
+            writer.close()
 
     server = await asyncio.start_server(relay, "127.0.0.1", 0)
     try:
@@ -80,9 +82,10 @@ async def strait(run_dir: Path, max_bytes: int) -> AsyncGenerator[str]:
 
 
 async def _pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter, num_bytes: int) -> None:
-    while num_bytes and (data := await source.read(min(num_bytes, 1 << 16))):
-        target.write(data)
-        num_bytes -= len(data)
+    with suppress(ConnectionError):  # a side that ends with bytes unread resets the connection
+        while num_bytes and (data := await source.read(min(num_bytes, 1 << 16))):
+            target.write(data)
+            num_bytes -= len(data)
 
 
 @asynccontextmanager

@@ -54,7 +54,7 @@ def test_a_failed_transaction_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_state_is_read_back_as_it_was(make_run: MakeRun, make_group: MakeGroup) -> None:
-    run_dir, config = make_run()
+    run_dir, config = make_run(lease=LeaseConfig(heartbeat_timeout_s=15))
     store = Store(run_dir)
     prepare(store, config)
     ledger, evaluations = store.ledger(config, 0.0), store.evaluations(config, 0.0)

@@ -73,7 +73,6 @@ def test_the_step_is_as_hard_as_it_should_be(models: dict[str, Path], expected: 
         assert metrics["num_masked"] == 1
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("size", "name"), NAMES)
 def test_a_step_equals_the_reference(
     size: int, name: str, outcomes: dict[str, Outcome], expected: dict[str, Outcome], models: dict[str, Path]

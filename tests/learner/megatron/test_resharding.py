@@ -66,7 +66,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", CHAINS)
 def test_the_same_division_goes_on_bit_for_bit(kind: str, base: Path) -> None:
     assert _difference(base / kind, "whole-1", "again-1") == 0
