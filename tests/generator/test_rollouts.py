@@ -21,7 +21,7 @@ from tests.learner.ledger.roles import Fleet
 
 PATIENT = LeaseConfig(heartbeat_timeout_s=2 * PATIENCE_S)  # a fleet that a test drives by hand has no heartbeat
 LATE = LeaseConfig(completion_timeout_s=PATIENCE_S, max_attempts=2)  # it passes when a test says so
-LONGER = SamplingConfig(max_tokens=4000)
+LONGER, LONGEST = SamplingConfig(max_tokens=4000), SamplingConfig(max_tokens=30_000)
 MANY_TOKENS = 50  # of an answer that does not end
 
 
@@ -61,7 +61,7 @@ def test_a_lease_that_falls_behind_stops_using_the_engine(bigrams: RunningEngine
     engine, run_dir, prompts = bigrams.engine, tmp_path / "run", ["b", *["a"] * 9]
     one = GeneratorConfig(max_groups=1)
     config = make_run(
-        run_dir, bigrams.model, prompts, group_size=2, max_staleness=1, sampling=LONGER, generator=one, lease=PATIENT
+        run_dir, bigrams.model, prompts, group_size=2, max_staleness=1, sampling=LONGEST, generator=one, lease=PATIENT
     )
     idle, seen = engine.load_now(), []
 
@@ -76,7 +76,7 @@ def test_a_lease_that_falls_behind_stops_using_the_engine(bigrams: RunningEngine
                 await until(lambda: engine.load_now().num_cached_tokens > seen[-1].num_cached_tokens, "more tokens")
                 seen.append(engine.load_now())
                 await at.learner.commit(await at.learner.reserve())
-            assert await most_tokens_until_idle(engine) < LONGER.max_tokens  # of two: stopped before half of their end
+            assert await most_tokens_until_idle(engine) < LONGEST.max_tokens  # of two: stopped before half of their end
             assert at.rollouts.holds() == ()
 
     bigrams.run(scenario())

@@ -147,6 +147,7 @@ def test_a_mixture_of_experts_trains_on_a_file_prepared_for_verl(start_run: Call
         "groups_per_step=4",
         "group_size=64",
         "learner.checkpoint_every=2",
+        "generator.gate_max=10",  # where a router is undecided to the last bit, the engine may choose otherwise
     )
     assert run.wait() == 0
     run.assert_sound()
