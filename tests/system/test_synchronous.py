@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from common import wire
-from common.config import Config
 from common.layout import read_resolved
 from common.versions import Lineages, Version
 from learner.ledger.store import Store
@@ -18,12 +17,14 @@ from learner.megatron.policy import Policy
 from learner.saved import MEGATRON
 from learner.sharded import read, sizes, write
 from learner.step import train_step
+from tests.ranks import run_ranks
 from tests.system.conftest import Run
 
 pytestmark = [pytest.mark.full, pytest.mark.learning]
 
 NUM_STEPS = 20
 SMALL = ("max_staleness=0", "groups_per_step=4", "group_size=8", "updates_per_step=2", "learner.checkpoint_every=100")
+REPLAYED, ROWS = "replayed", "rows.json"
 Steps = list[tuple[wire.TrainingGroup, ...]]
 
 
@@ -33,23 +34,21 @@ def test_a_run_without_staleness_equals_a_plain_synchronous_loop_bit_for_bit(
     run = start_run(f"steps={NUM_STEPS}", "evaluation.every=100", *SMALL, name="first")
     assert run.wait() == 0
     run.assert_sound()
-    config, steps = read_resolved(run.directory), recorded(run.directory)
+    steps = recorded(run.directory)
     assert len(steps) == NUM_STEPS
     for number, groups in enumerate(steps):
         assert {span.version for group in groups for c in group.scored.group.completions for span in c.spans()} == {
             Version(0, number)
         }
-    torch.set_num_threads(1)  # as the learner's
-    policy = Policy(config)
-    rows = [plain_step(policy, config, groups, number) for number, groups in enumerate(steps)]
+    run_ranks(1, tmp_path, replay, run.directory, tmp_path)
+    rows = json.loads((tmp_path / ROWS).read_text())
     names = rows[0].keys() - {name for name in rows[0] if name.endswith("_s")}
     for row, replayed in zip(run.rows("step"), rows, strict=True):
-        assert {name: row[name] for name in names} == {name: plain(replayed[name]) for name in names}
+        assert {name: row[name] for name in names} == {name: replayed[name] for name in names}
         assert replayed["grad_norm"] > 0
         assert replayed["staleness_max"] == 0
-    write(tmp_path / "replayed", policy.snapshot(), None)
     trained = tensors(run.directory / "checkpoints" / f"step-{NUM_STEPS:06d}" / MEGATRON)
-    replayed = tensors(tmp_path / "replayed")
+    replayed = tensors(tmp_path / REPLAYED)
     assert trained.keys() == replayed.keys()
     assert all(torch.equal(tensor, replayed[name]) for name, tensor in trained.items())
     _check_that_another_run_samples_the_same(run, start_run)
@@ -68,13 +67,15 @@ def recorded(run_dir: Path) -> Steps:
     return [tuple(steps[str(Version(0, number))]) for number in range(len(steps))]
 
 
-def plain_step(policy: Policy, config: Config, groups: tuple[wire.TrainingGroup, ...], number: int) -> dict[str, float]:
-    return train_step(policy, groups, config, Version(0, number), Lineages())
-
-
-def plain(value: float) -> float | None:
-    """As metrics.jsonl has it."""
-    return value if math.isfinite(value) else None
+def replay(run_dir: Path, directory: Path) -> None:
+    """A plain loop over what the run trained: writes its figures, as metrics.jsonl has them, and its last weights."""
+    config = read_resolved(run_dir)
+    policy, rows = Policy(config), []
+    for number, groups in enumerate(recorded(run_dir)):
+        figures = train_step(policy, groups, config, Version(0, number), Lineages())
+        rows.append({name: float(value) if math.isfinite(value) else None for name, value in figures.items()})
+    write(directory / REPLAYED, policy.snapshot(), None)
+    (directory / ROWS).write_text(json.dumps(rows))
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
