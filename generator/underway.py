@@ -1,6 +1,7 @@
 """What an engine was asked and has not done yet."""
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -66,10 +67,12 @@ class Underway:
             task.cancel()
         if self._to_their_end:
             logger().info("engine_finishes", waits_for=[*self._to_their_end.values()])
+        began = time.monotonic()
         if tasks := {*self._to_their_end, *self._while_asked} - self._late:
             await asyncio.wait(tasks, timeout=deadline_s)
         if self._to_their_end:
-            logger().warning("engine_given_up", waited_s=deadline_s, waited_for=[*self._to_their_end.values()])
+            waited_s = round(time.monotonic() - began, 1)
+            logger().warning("engine_given_up", waited_s=waited_s, waited_for=[*self._to_their_end.values()])
 
     async def break_off(self, *, deadline_s: float) -> None:
         """Cancels what `finish` did not wait for any longer: only once nobody hears the engine's processes."""
