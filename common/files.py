@@ -1,10 +1,11 @@
 """Files that are whole or absent."""
 
+import fcntl
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from common.errors import RunDirectoryError
 
@@ -125,3 +126,12 @@ def read_private(path: Path) -> bytes:
     if mode & 0o077:
         raise RunDirectoryError(f"{path}: found mode {mode & 0o777:o}, expected 600: others can read the run's keys")
     return path.read_bytes()
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Locks the file until it is closed, however that comes about; false where another process has the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,11 +1,13 @@
 """How the processes of a run find and trust each other: two small files in the run directory."""
 
+import socket
 from pathlib import Path
 from typing import Self
 
 import msgspec
 import zmq
 
+from common.errors import RunDirectoryError
 from common.files import read_private, write_atomically
 
 RENDEZVOUS = "rendezvous.json"
@@ -60,3 +62,18 @@ class Rendezvous(msgspec.Struct, frozen=True):
             FileNotFoundError: The ledger has not started yet.
         """
         return msgspec.json.decode((run_dir / RENDEZVOUS).read_bytes(), type=cls)
+
+
+def address_towards(endpoint: str) -> str:
+    """The address of this machine from which packets to an endpoint such as `tcp://10.0.0.1:7171` go; none is sent.
+
+    Raises:
+        RunDirectoryError: There is no way there.
+    """
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, int(port)))
+        except OSError as error:
+            raise RunDirectoryError(f"{endpoint}: found no way there from this machine: {error.strerror}") from error
+        return probe.getsockname()[0]

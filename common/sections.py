@@ -1,6 +1,5 @@
 """The sections of a configuration: one frozen struct each, whose docstrings say what the keys mean."""
 
-from pathlib import Path
 from typing import Annotated, Literal, dataclass_transform
 
 import msgspec
@@ -15,7 +14,6 @@ Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
-PUBLISHED = "sluice-"  # how the names of all runs' directories in `weights.dir` begin
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -235,16 +233,15 @@ class WeightsConfig(Section):
     """How weights reach the engines.
 
     Attributes:
-        dir: Memory-backed directory for published versions.
-        keep: Published versions that are kept.
+        dir: Memory-backed directory of each node, for what learner ranks publish and generators have pulled.
+        anchor_every: Versions from one that can be pulled whole to the next; those between are pulled as what changed.
+        retention: How much whole versions and changes a learner rank keeps for those who pull, in multiples of its part
+            of the weights; beside it, the rank has the newest version and the one in the making.
     """
 
     dir: str = "/dev/shm"  # noqa: S108
-    keep: Annotated[int, Meta(ge=2)] = 3
-
-    def of_run(self, public_key: str) -> Path:
-        """Where one run publishes: named by its key, so that no two share a directory."""
-        return Path(self.dir) / f"{PUBLISHED}{''.join(c for c in public_key if c.isalnum())[:8]}"
+    anchor_every: Count = 16
+    retention: Annotated[float, Meta(ge=2, le=1e12)] = 2.5
 
 
 def _files(files: str | tuple[DataFile, ...]) -> tuple[DataFile, ...]:

@@ -85,6 +85,8 @@ class Service:
         host: str = "127.0.0.1",
         port: int = 0,
         max_request_bytes: int = wire.MAX_MESSAGE_BYTES,
+        max_queued: int = 0,
+        num_io_threads: int = 1,
     ) -> None:
         """Listens.
 
@@ -94,17 +96,21 @@ class Service:
             host: The address to bind.
             port: 0 takes a free one.
             max_request_bytes: The connection of a peer that sends a larger one is closed, before it takes memory.
+            max_queued: Answers that wait for one peer to read them; those beyond are dropped, for one who asks again. 0
+                sets no limit.
+            num_io_threads: Threads that encrypt and send; one connection keeps one busy.
 
         Raises:
             RunDirectoryError: The port is taken.
         """
         self._handler = handler
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.asyncio.Context(num_io_threads)
         self._authenticator: AsyncioAuthenticator | None = None
         self._keys = keys
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.router_handover = True
         _secure(self._socket, keys, server=True, max_bytes=max_request_bytes)
+        self._socket.sndhwm = max_queued
         self.refusals = Refusals()
         self._doorway = Doorway(self._context, self._socket, self.refusals)
         try:
@@ -190,7 +196,7 @@ class Client:
         self._socket: zmq.asyncio.Socket | None = None
         self._identity = b"p" + os.urandom(15)
         self._ids = itertools.count(int.from_bytes(os.urandom(6), "big"))
-        self._answers: dict[bytes, asyncio.Queue[bytes]] = {}
+        self._answers: dict[bytes, asyncio.Queue[memoryview]] = {}
         self._reader: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -283,14 +289,15 @@ class Client:
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            request_id, data = await socket.recv_multipart()
+            frames = await socket.recv_multipart(copy=False)
+            request_id, data = frames[0].bytes, frames[1].buffer
             if request_id == _ALIVE:
                 for start in range(0, len(data), _ID_BYTES):
-                    self._hand_over(data[start : start + _ID_BYTES], b"")
+                    self._hand_over(bytes(data[start : start + _ID_BYTES]), memoryview(_ALIVE))
             else:
                 self._hand_over(request_id, data)
 
-    def _hand_over(self, request_id: bytes, data: bytes) -> None:
+    def _hand_over(self, request_id: bytes, data: memoryview) -> None:
         if (waiter := self._answers.get(request_id)) is not None:
             waiter.put_nowait(data)
 

@@ -8,12 +8,15 @@ from typing import Any
 
 from common.config import Config
 
+MEMORY = "SLUICE_ENGINE_MEMORY"  # the variable that names the engine's memory-backed directory to its processes
 _UNLOADED = "0.0"
 
 
-def prepare_environment() -> bool:
+def prepare_environment(memory: Path) -> bool:
     """Sets what SGLang's processes inherit; returns whether there is no CUDA."""
     import torch
+
+    os.environ[MEMORY] = str(memory)
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if torch.cuda.is_available():
@@ -39,6 +42,7 @@ def server_arguments(config: Config, on_cpu: bool, *, needs_text: bool) -> dict[
     generator, parallel = config.generator, config.generator.parallel
     arguments: dict[str, Any] = {
         "model_path": config.model,
+        "load_format": "dummy",
         "dtype": generator.dtype,
         "tp_size": parallel.num_gpus,
         "dp_size": parallel.data,

@@ -1,8 +1,10 @@
-"""What the stock SGLang needs to run where there is no GPU.
+"""What the stock SGLang needs to leave nothing behind when it is killed, and to run where there is no GPU.
 
-SGLang loads both functions in each of its processes, through its own plugin entry points (pyproject.toml). They do
-nothing unless SGLANG_USE_CPU_ENGINE=1, which `generator.engine` sets where there is no CUDA.
+SGLang loads both functions in each of its processes, through its own plugin entry points (pyproject.toml). But for the
+first two rows they do nothing unless SGLANG_USE_CPU_ENGINE=1, which `generator.engine` sets where there is no CUDA.
 
+    register   its processes share their load in the generator's memory-backed directory, which goes with the generator,
+               and progress bars need no file
     activate   importable at all: a stand-in for the sgl_kernel package, torchvision's operator schemas
     register   correct: per-request seeds, which SGLang honours only with kernels that exist on GPUs, and no CUDA call
                in the routed-experts path
@@ -14,9 +16,11 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from common.vision import declare_vision_operators
+from generator.arguments import MEMORY
 
 _SAMPLER = "sglang.srt.layers.sampler"
 _DEFAULT_SEED = 42
@@ -34,10 +38,13 @@ def activate() -> None:
 def register() -> None:
     """The general plugin: hooks in SGLang's own registry."""
     _keep_progress_bars_to_themselves()
-    if not _on_cpu():
-        return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    if directory := os.environ.get(MEMORY):
+        loads = "sglang.srt.managers.load_snapshot.shm_path_for"
+        HookRegistry.register(loads, lambda name: f"{directory}/loads-{Path(name).name}", HookType.REPLACE)
+    if not _on_cpu():
+        return
     batch_info = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch"
     HookRegistry.register(batch_info, _seed_rows, HookType.AFTER)
     HookRegistry.register(f"{_SAMPLER}.multinomial_with_seed", multinomial_with_seed, HookType.REPLACE)

@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import base64
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,13 +51,14 @@ class Engine:
         eos_token_ids: Tokens that end a response by the model's own configuration.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, memory: Path) -> None:
         """Starts the engine's processes and waits until they are ready; needs the running event loop's main thread.
 
-        SGLang puts a handler of its own in the place of the loop's for SIGTERM: set yours again.
+        It has weights of no meaning: of the model's directory it reads what is no weight. SGLang puts a handler of its
+        own in the place of the loop's for SIGTERM: set yours again. `memory` is a memory-backed directory.
 
         Raises:
-            ModelError: SGLang cannot load the model.
+            ModelError: SGLang cannot read the model's config.
         """
         self.version: Version | None = None
         self._num_tokens = 0
@@ -65,7 +67,7 @@ class Engine:
         needs_text = bool(config.sampling.stop or config.evaluation.sampling.stop)
         self.eos_token_ids = eos_token_ids(Path(config.model))
         self._routes = route_shape(read_shape(Path(config.model))) if config.learner.routing_replay else None
-        on_cpu = prepare_environment()
+        on_cpu = prepare_environment(memory)
         self._rendezvous = make_rendezvous(on_cpu)
         import sglang
 
@@ -74,7 +76,6 @@ class Engine:
         except (ValueError, RuntimeError, OSError) as error:
             raise ModelError(f"{config.model}: SGLang cannot load it: {error}") from error
         self._manager = self._engine.tokenizer_manager
-        _unlink_load_snapshot(self._manager)
         self._manager.auto_create_handle_loop()
         logger().info("engine_started")
 
@@ -162,17 +163,24 @@ class Engine:
         """
         self._manager.abort_request(rid=request_id)
 
-    async def load(self, manifest: wire.Manifest) -> None:
+    async def load(self, directory: Path, version: Version) -> float:
         """Swaps the weights in place: requests in flight pause, and go on under the new version.
 
         Once begun, it goes on to its end where the task that asks for it is cancelled.
+
+        Args:
+            directory: Of the weights, in Hugging Face format.
+            version: The version that they are.
+
+        Returns:
+            Seconds of the pause.
 
         Raises:
             EngineError: The engine could not load them; what it holds now is unknown.
             DeadlineError: It has not loaded them in half of `run.stall_timeout_s`.
         """
-        what = f"SGLang to load version {manifest.version} from {manifest.path}"
-        await self._underway.to_its_end(self._swap(manifest), what, deadline_s=self._patience_s)
+        what = f"SGLang to load version {version} from {directory}"
+        return await self._underway.to_its_end(self._swap(directory, version), what, deadline_s=self._patience_s)
 
     async def close(self) -> None:
         """Ends the engine: what is under way first, then its processes, and what SGLang left in this process.
@@ -200,7 +208,7 @@ class Engine:
                 context.destroy(linger=0)
             self._rendezvous.cleanup()
 
-    async def _swap(self, manifest: wire.Manifest) -> None:
+    async def _swap(self, directory: Path, version: Version) -> float:
         from sglang.srt.managers.io_struct import (
             ContinueGenerationReqInput,
             PauseGenerationReqInput,
@@ -208,17 +216,19 @@ class Engine:
         )
 
         async with self._swapping:  # SGLang has one place for the answer; whoever was cancelled may still hold it
+            began = time.monotonic()
             await self._manager.pause_generation(PauseGenerationReqInput(mode="in_place"))
             try:
                 request = UpdateWeightFromDiskReqInput(
-                    model_path=manifest.path, weight_version=str(manifest.version), flush_cache=False
+                    model_path=str(directory), load_format="auto", weight_version=str(version), flush_cache=False
                 )
                 success, message, _ = await self._manager.update_weights_from_disk(request)
             finally:
                 await self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
             if not success:
-                raise EngineError(f"{manifest.path}: SGLang could not load version {manifest.version}: {message}")
-            self.version = manifest.version
+                raise EngineError(f"{directory}: SGLang could not load version {version}: {message}")
+            self.version = version
+            return time.monotonic() - began
 
     async def _ask(self, request: Any) -> dict[str, Any]:
         return await self._underway.while_asked(self._answer(request))
@@ -264,13 +274,6 @@ def _kill(process_ids: list[int], deadline_s: float) -> None:
     _, left = psutil.wait_procs(processes, timeout=deadline_s)
     if left:
         logger().error("engine_processes_left", waited_s=deadline_s, processes=[str(process) for process in left])
-
-
-def _unlink_load_snapshot(manager: Any) -> None:
-    """Takes the name from the file in which SGLang's processes share their load: they have it mapped by now."""
-    reader = manager.load_snapshot_reader
-    reader.read(0)
-    Path(reader.path).unlink(missing_ok=True)
 
 
 def _completion(answer: dict[str, Any], asked_at: Version, seed: int) -> Completion:

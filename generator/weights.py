@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import wire
-from common.config import GeneratorConfig
-from common.errors import EngineError, GateError
+from common.config import Config, GeneratorConfig
+from common.errors import DeadlineError, GateError, RefusedError, WeightsError
 from common.log import bind, logger
 from common.membership import Activity
 from common.transport import Client
 from generator.engine import Engine
+from generator.weights_copy import Brought, WeightsCopy
 
 RETRY_S = 0.2
 
@@ -24,28 +25,31 @@ class Weights:
     Attributes:
         directory: The newest that was heard.
         ready: Set once the engine holds a published version that passed the gate.
+        num_failed: Pulls that came to nothing.
     """
 
     def __init__(
         self,
         engine: Engine,
+        copy: WeightsCopy,
         ledger: Client,
-        config: GeneratorConfig,
+        config: Config,
         activity: Activity,
         *,
         before_load: Callable[[], Awaitable[None]],
-        deadline_s: float,
     ) -> None:
         """`before_load` is awaited before each load: what must end under the old version ends there."""
         self._engine = engine
+        self._copy = copy
         self._ledger = ledger
-        self._config = config
+        self._config = config.generator
         self._activity = activity
         self._before_load = before_load
-        self._deadline_s = deadline_s
+        self._deadline_s = config.run.stall_timeout_s
         self._changed = asyncio.Event()
         self.directory = wire.Directory(revision=0, manifest=None, verifiers=(), closing=False)
         self.ready = asyncio.Event()
+        self.num_failed = 0
 
     async def watch(self, heard: Callable[[wire.Directory], None]) -> None:
         """Hears of every change of the directory, until cancelled."""
@@ -56,42 +60,84 @@ class Weights:
             self._changed.set()
 
     async def follow(self) -> None:
-        """Loads each newest version, until cancelled; versions in between are skipped.
+        """Pulls and loads each newest version, until cancelled; versions in between are skipped.
+
+        While it pulls, the engine goes on with the version that it has.
 
         Raises:
             GateError: The engine's logprobs are not the learner's.
-            EngineError: The engine could not load the newest version, which is still there.
-            DeadlineError: It takes too long: a load that hangs would hold up the next one, too.
+            EngineError: The engine could not load the version.
+            DeadlineError: Loading takes too long, which would hold up the next version, too; or none can be pulled.
+            RefusedError: No version can be pulled.
+            WeightsError: No version can be pulled.
+            RunDirectoryError: There is no room for it.
         """
+        failing_since: float | None = None
+        clock = asyncio.get_running_loop().time
         while True:
             self._changed.clear()
             manifest = self.directory.manifest
             if manifest is None or manifest.version == self._engine.version:
                 await self._changed.wait()
                 continue
+            try:
+                brought = await self._bring(manifest)
+            except (RefusedError, DeadlineError, WeightsError) as error:
+                self.num_failed += 1
+                failing_since = clock() if failing_since is None else failing_since
+                if clock() - failing_since > self._deadline_s:
+                    raise
+                logger().warning("pull_failed", new_version=str(manifest.version), reason=str(error))
+                await asyncio.sleep(RETRY_S)
+                continue
+            failing_since = None
             if self.ready.is_set():
                 await self._before_load()
                 self.ready.clear()
-            await self._load(manifest)
+            await self._load(manifest, brought)
 
-    async def _load(self, manifest: wire.Manifest) -> None:
-        began = time.monotonic()
-        logger().info("weights_loading", new_version=str(manifest.version))
+    async def _bring(self, manifest: wire.Manifest) -> Brought:
+        """Pulls a version; given up once another learner publishes: the one that hands this out is gone.
+
+        Raises:
+            RefusedError: Another learner publishes, or a publisher no longer has the version.
+            DeadlineError: A publisher is silent.
+            WeightsError: What it hands out is damaged.
+            RunDirectoryError: There is no room.
+        """
+        logger().info("weights_pulling", new_version=str(manifest.version))
+        bringing = asyncio.create_task(self._copy.bring(manifest))
         try:
-            await self._engine.load(manifest)
-        except EngineError:
-            await asyncio.sleep(RETRY_S)
-            newest = self.directory.manifest
-            if newest is None or newest.version == manifest.version:
-                raise
-            return  # it was removed while it was read: a newer one is there
+            while not bringing.done():
+                self._changed.clear()
+                newest = self.directory.manifest
+                if newest is not None and newest.publishers != manifest.publishers:
+                    raise RefusedError(f"found {newest.version} at other publishers, expected {manifest.version}")
+                changed = asyncio.create_task(self._changed.wait())
+                await asyncio.wait({bringing, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+            return bringing.result()
+        finally:
+            bringing.cancel()
+            await asyncio.wait({bringing})
+
+    async def _load(self, manifest: wire.Manifest, brought: Brought) -> None:
+        logger().info("weights_loading", new_version=str(manifest.version))
+        pause_s = await self._engine.load(self._copy.directory, manifest.version)
         loaded = time.monotonic()
         bind(version=str(manifest.version))
         await self._check(manifest)
         self.ready.set()
-        self._activity.gauges["load_s"] = loaded - began
-        seconds = {"load_s": round(loaded - began, 4), "gate_s": round(time.monotonic() - loaded, 4)}
-        logger().info("weights_loaded", size_bytes=manifest.size_bytes, **seconds)
+        seconds = {"transfer_s": brought.transfer_s, "decode_s": brought.decode_s, "pause_s": pause_s}
+        self._activity.gauges |= {**seconds, "pulled_bytes": float(brought.num_bytes)}
+        logger().info(
+            "weights_loaded",
+            size_bytes=manifest.size_bytes,
+            pulled_bytes=brought.num_bytes,
+            num_whole=brought.num_whole,
+            gate_s=round(time.monotonic() - loaded, 4),
+            **{name: round(value, 4) for name, value in seconds.items()},
+        )
 
     async def _check(self, manifest: wire.Manifest) -> None:
         ours = await self._engine.logprobs(wire.ints(manifest.probe_token_ids))

@@ -17,7 +17,7 @@ from common.routes import MAX_EXPERTS, route_shape
 from common.sections import DataFile
 from common.shape import ModelShape, check_division, check_engine, check_experts, read_shape
 from launch.activations import ITEM_BYTES
-from launch.estimate import check_fits, readable
+from launch.estimate import check_fits, published_copies, pulled_copies, readable
 from launch.parameters import model_parameters
 from launch.placement import Placement, place
 from launch.tiny_sizes import tiny_shape
@@ -191,7 +191,7 @@ def check_routing(config: Config, shape: ModelShape) -> None:
 
 
 def check_space(config: Config, num_parameters: int) -> None:
-    """Checks that `weights.dir` holds the published versions, and one in the making.
+    """Checks that `weights.dir` holds what the learner keeps of the weights, and a copy for each generator.
 
     Raises:
         RunDirectoryError: It is missing or too small.
@@ -199,12 +199,13 @@ def check_space(config: Config, num_parameters: int) -> None:
     directory = Path(config.weights.dir)
     if not directory.is_dir():
         raise RunDirectoryError(f"weights.dir: {directory}: not found, expected a memory-backed directory")
-    needed = (config.weights.keep + 1) * num_parameters * ITEM_BYTES[config.learner.dtype]
+    copies = published_copies(config) + config.generator.count * pulled_copies(config)
+    needed = copies * num_parameters * ITEM_BYTES[config.learner.dtype]
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise RunDirectoryError(
-            f"weights.dir: {directory}: found {readable(free)} free, expected {readable(needed)}: room for "
-            f"weights.keep + 1 = {config.weights.keep + 1} versions"
+            f"weights.dir: {directory}: found {readable(free)} free, expected {readable(needed)}: room for the weights "
+            f"{copies:g} times: weights.retention + 2 for the learner, 1 for each generator, and deltas"
         )
 
 

@@ -59,13 +59,32 @@ class HostMemory(NamedTuple):
         offloaded: The optimizer's state of its ranks.
         checkpoint: The copies of its ranks that a checkpoint under way writes.
         reference: The reference's parameters of its ranks.
-        published: Versions of the weights that are kept, and one in the making.
+        published: What its ranks keep of the weights for those who pull.
+        pulled: The copies of its generators.
     """
 
     offloaded: int
     checkpoint: int
     reference: int
     published: int
+    pulled: int
+
+
+class AssumedDelta(NamedTuple):
+    """What a version is assumed to change.
+
+    Attributes:
+        changed_share: Share of the elements.
+        bytes_share: Bytes of all parts' deltas, over those of the weights.
+    """
+
+    changed_share: float
+    bytes_share: float
+
+
+# What updates by Adam at a rate of 1e-6 change in bfloat16, by their number (python -m tests.bench weights.codec).
+_BFLOAT16_DELTAS = {1: AssumedDelta(0.011, 0.0073), 4: AssumedDelta(0.021, 0.014), 8: AssumedDelta(0.036, 0.022)}
+_FLOAT32_DELTA = AssumedDelta(1.0, 0.58)  # the same, of one step of the tiny model
 
 
 class EngineMemory(NamedTuple):
@@ -134,9 +153,30 @@ def checkpoint_bytes(shape: ModelShape) -> int:
     return model_parameters(shape) * (_MASTER_BYTES + _MOMENT_BYTES)
 
 
+def published_copies(config: Config) -> float:
+    """How many times the weights are in the memory of the learner's nodes.
+
+    They are what is kept, the newest version, the one in the making, and its delta.
+    """
+    return config.weights.retention + 2 + assumed_delta(config).bytes_share
+
+
+def pulled_copies(config: Config) -> float:
+    """How many times the weights are in the memory of a generator: its copy, and a delta on its way."""
+    return 1 + assumed_delta(config).bytes_share
+
+
+def assumed_delta(config: Config) -> AssumedDelta:
+    """What a version is assumed to change."""
+    if config.learner.dtype == "float32":
+        return _FLOAT32_DELTA
+    known = [num for num in _BFLOAT16_DELTAS if num >= config.updates_per_step]
+    return _BFLOAT16_DELTAS[min(known, default=max(_BFLOAT16_DELTAS))]
+
+
 def host_memory(config: Config, shape: ModelShape, placement: Placement) -> list[HostMemory]:
-    """Of each node; the learner's first has the published weights."""
-    published = (config.weights.keep + 1) * update_bytes(config, shape)
+    """Of each node; ranks hand out like shares of the weights."""
+    size_bytes = update_bytes(config, shape)
     nodes: list[HostMemory] = []
     for node in range(placement.num_nodes):
         ranks = [rank_memory(config, shape, rank.pipeline) for rank in placement.ranks if rank.node == node]
@@ -145,7 +185,8 @@ def host_memory(config: Config, shape: ModelShape, placement: Placement) -> list
                 offloaded=sum(rank.offloaded for rank in ranks),
                 checkpoint=sum(rank.snapshot for rank in ranks),
                 reference=sum(rank.reference for rank in ranks),
-                published=published if node == 0 else 0,
+                published=int(published_copies(config) * size_bytes * len(ranks) / len(placement.ranks)),
+                pulled=int(pulled_copies(config) * size_bytes) * sum(e.node == node for e in placement.engines),
             )
         )
     return nodes
@@ -201,6 +242,7 @@ def host_parts(memory: HostMemory) -> str:
         "checkpoint": "a checkpoint under way",
         "reference": "reference",
         "published": "published weights",
+        "pulled": "pulled weights",
     }
     sizes = [f"{words} {readable(getattr(memory, name))}" for name, words in names.items() if getattr(memory, name)]
     return " + ".join(sizes)

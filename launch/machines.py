@@ -7,10 +7,13 @@ from common.hardware import GIB
 from common.shape import ModelShape
 from launch.estimate import (
     RESERVE_BYTES,
+    assumed_delta,
     checkpoint_bytes,
     engine_memory,
     host_memory,
     host_parts,
+    published_copies,
+    pulled_copies,
     rank_host_parts,
     rank_memory,
     readable,
@@ -59,8 +62,8 @@ def _node_lines(config: Config, placement: Placement) -> list[str]:
         lines.append(f"  node {node}: {', '.join(words)}")
     if placement.num_nodes > 1:
         lines += [
-            "  This is a plan: the launcher starts processes on one machine alone, and refuses to start these. Sockets",
-            f"  on {config.run.host} and weights in {config.weights.dir} are not seen from another node.",
+            "  This is a plan: the launcher starts processes on one machine alone, and refuses to start these; nor are",
+            f"  sockets on {config.run.host} seen from another node.",
         ]
     return lines
 
@@ -147,12 +150,15 @@ def _host_lines(config: Config, shape: ModelShape, placement: Placement) -> list
 
 
 def _update_lines(config: Config, shape: ModelShape) -> list[str]:
-    size_bytes, count, keep = update_bytes(config, shape), config.generator.count, config.weights.keep
-    readers = f"{count} generator{'s' if count > 1 else ''}"
+    size_bytes, weights, count = update_bytes(config, shape), config.weights, config.generator.count
+    changed_share, bytes_share = assumed_delta(config)
+    pullers = f"{count} generator{'s' if count > 1 else ''}"
+    published, pulled = (readable(copies(config) * size_bytes) for copies in (published_copies, pulled_copies))
     return [
-        f"bytes per weight update: {readable(size_bytes)}, the whole model, once a step; written by the learner and "
-        f"read by {readers}",
-        f"  {keep} versions and one in the making are in {config.weights.dir}: {readable((keep + 1) * size_bytes)}",
+        f"bytes per weight update: {readable(bytes_share * size_bytes)} to each of {pullers}, where "
+        f"{changed_share:.1%} of the elements change; the whole model, {readable(size_bytes)}, to one that joins",
+        f"  every {weights.anchor_every:,} versions one is kept whole; with the newest and the one in the making the "
+        f"learner has {published} in {weights.dir}, and each generator {pulled}",
     ]
 
 
@@ -176,7 +182,9 @@ def _checkpoint_lines(config: Config, shape: ModelShape) -> list[str]:
 
 def _assumptions(config: Config, shape: ModelShape) -> list[str]:
     """What the numbers take for granted."""
-    lines = ["assumed:"]
+    changed_share, bytes_share = assumed_delta(config)
+    share = f"{changed_share:.1%} of the elements, {bytes_share:.1%} of the bytes"
+    lines = ["assumed:", f"  a version changes {share}: as measured in {config.learner.dtype} (docs/weights.md)"]
     if shape.is_moe:
         lines.append("  each expert gets as many tokens as the others; a rank whose experts get more needs more")
     if config.placement.gpus_per_node:

@@ -1,4 +1,4 @@
-"""The run in four panels."""
+"""The run in six panels."""
 
 import io
 from typing import TYPE_CHECKING, Any
@@ -30,19 +30,21 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
 }
 _BLUE, _ORANGE, _GREEN, _GREY = "#2f6fb5", "#d9722e", "#3a9364", "#8a8f98"
-_SMOOTHING = 0.2
+_SMOOTHING, _MIB = 0.2, 1 << 20
 
 
 def draw(rows: "Rows") -> bytes:
-    """A PNG of reward and accuracy, staleness, clipping, and throughput."""
+    """A PNG of reward and accuracy, staleness, clipping, throughput, and what new weights take."""
     with plt.rc_context(_STYLE):
-        figure, panels = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+        figure, panels = plt.subplots(3, 2, figsize=(11, 10), sharex=True, layout="constrained")
         _learning(panels[0, 0], rows)
         _staleness(panels[0, 1], rows.steps)
         _clipping(panels[1, 0], rows.steps)
         _throughput(panels[1, 1], rows.steps)
+        _seconds_of_weights(panels[2, 0], rows.steps)
+        _bytes_of_weights(panels[2, 1], rows.steps)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
-        for panel in panels[1]:
+        for panel in panels[-1]:
             panel.set_xlabel("step")
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=130)
@@ -105,6 +107,29 @@ def _throughput(panel: "Axes", rows: list[Row]) -> None:
     panel.set_ylabel("tokens/s")
     panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panel.legend(loc="best")
+
+
+def _seconds_of_weights(panel: "Axes", rows: list[Row]) -> None:
+    panel.set_title("New weights: seconds")
+    for key, color, label in (
+        ("encode_s", _BLUE, "encoding"),
+        ("weights_transfer_s", _GREEN, "transfer"),
+        ("weights_decode_s", _GREY, "decoding"),
+        ("weights_pause_s", _ORANGE, "the engine's pause"),
+    ):
+        values = _column(rows, key)
+        panel.plot(_steps(rows), values, color=color, alpha=0.2)
+        panel.plot(_steps(rows), smooth(values), color=color, label=label)
+    panel.set_yscale("log")
+    panel.legend(loc="best")
+
+
+def _bytes_of_weights(panel: "Axes", rows: list[Row]) -> None:
+    panel.set_title("New weights: bytes that a generator pulls")
+    values = [value / _MIB for value in _column(rows, "weights_pulled_bytes")]
+    panel.step(_steps(rows), values, where="mid", color=_BLUE)
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel("MiB")
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -78,8 +78,8 @@ start. A layout or override is named as it was written:
 - What this machine cannot start (`launch/checks.py`): more nodes than one, more GPUs than it has.
 - What is missing, broken or taken (`launch/checks.py`, `launch/run_directory.py`): files of prompts; a model directory
   without config, fast tokenizer or whole weights, or of another architecture than the supported ones; `weights.dir`
-  without room for `weights.keep` + 1 versions; `run.host` and `run.ledger_port` that cannot be bound; a run directory
-  that is not new or empty, unless a run goes on there.
+  without room for the weights `weights.retention` + 2 times, once for each generator, and deltas; `run.host` and
+  `run.ledger_port` that cannot be bound; a run directory that is not new or empty, unless a run goes on there.
 - What is wrong with the prompts (docs/data.md).
 
 What is allowed and may surprise is said instead, as `note:`, at the start and in the dry run (`launch/notices.py`): one

@@ -1,6 +1,5 @@
 """The run directory: claimed by one launcher, for one run."""
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from typing import Self, TextIO
 
 from common.config import Config
 from common.errors import RunDirectoryError
+from common.files import try_lock
 from launch.plan import REPOSITORY
 
 LOCK = "launcher.lock"
@@ -127,15 +127,6 @@ def check_space(path: Path) -> None:
             file.write(bytes(_SPARE_BYTES))
     except OSError as error:
         raise RunDirectoryError(f"run.dir: {path}: cannot be written: {error.strerror}") from error
-
-
-def try_lock(file: TextIO) -> bool:
-    """Locks the file until it is closed, however that comes about; false where another process has the lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _in_use(path: Path) -> RunDirectoryError:

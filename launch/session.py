@@ -13,6 +13,7 @@ from common.config import Config
 from common.errors import RunDirectoryError, SluiceError
 from common.layout import write_resolved
 from common.log import logger, start_logging
+from common.memory import remove_abandoned
 from common.rendezvous import RENDEZVOUS, RunKeys
 from launch.builtin import build_once, tiny_directory, with_tiny_task
 from launch.checks import check_inputs
@@ -21,7 +22,6 @@ from launch.notices import notices
 from launch.plan import ProcessPlan, plan_processes, prepare_command
 from launch.processes import ProcessError, Supervisor, run_foreground
 from launch.progress import Progress
-from launch.published import PublishedWeights, remove_abandoned
 from launch.report import write_report
 from launch.resume import find_earlier, is_complete, resume_lines
 from launch.run_directory import RunDirectory, run_path
@@ -51,7 +51,7 @@ def run(config: Config) -> int:
     for line in notices(config, shape):
         display.notice(f"note: {line}")
     directory = RunDirectory.claim(path, has_run=earlier is not None)
-    weights = _prepare(config, directory, display)
+    _prepare(config, directory, display)
     try:
         plans = plan_processes(config, directory.path)
         code = asyncio.run(supervise(plans, config, directory.path, display))
@@ -63,7 +63,7 @@ def run(config: Config) -> int:
         _report(directory, display)
         return code
     finally:
-        weights.remove()
+        remove_abandoned(Path(config.weights.dir))  # what processes left that were killed
         directory.release()
 
 
@@ -77,19 +77,18 @@ def _report(directory: RunDirectory, display: Display) -> None:
         display.notice(text)
 
 
-def _prepare(config: Config, directory: RunDirectory, display: Display) -> PublishedWeights:
-    """Fills the run directory, or leaves nothing new of it; returns the place for the weights.
+def _prepare(config: Config, directory: RunDirectory, display: Display) -> None:
+    """Fills the run directory, or leaves nothing new of it.
 
     Raises:
         ProcessError: A prompt, or what belongs to it, is wrong.
     """
     try:
         write_resolved(config, directory.path)
-        keys = RunKeys.load_or_create(directory.path)
+        RunKeys.load_or_create(directory.path)
         (directory.path / RENDEZVOUS).unlink(missing_ok=True)
         display.notice(f"run directory: {directory.path}")
         display.notice(run_foreground(prepare_command(directory.path)))
-        return PublishedWeights.claim(config.weights.of_run(keys.public))
     except BaseException:
         directory.discard()
         raise

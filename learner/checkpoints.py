@@ -157,7 +157,7 @@ class Checkpoints:
             return None
         weights = path / HUGGING_FACE
         if not weights.exists():
-            write_hugging_face(policy.export(), self._model_dir, weights, self._ranks, whole_model=True)
+            write_hugging_face(policy.export(), self._model_dir, weights, self._ranks)
         return weights
 
     def mark_best(self, version: Version, accuracy: float) -> None:

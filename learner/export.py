@@ -57,12 +57,10 @@ def export_checkpoint(checkpoint: Path, target: Path) -> int:
         raise RunDirectoryError(f"{target}: found something there, expected a new or empty directory")
     check_files(checkpoint / MEGATRON, point.files, Ranks())
     weights = _saved_weights(checkpoint / MEGATRON, config)
-    return write_hugging_face(weights, Path(config.model), target, Ranks(), whole_model=True)
+    return write_hugging_face(weights, Path(config.model), target, Ranks())
 
 
-def write_hugging_face(
-    tensors: Iterable[tuple[str, torch.Tensor]], model_dir: Path, target: Path, ranks: Ranks, *, whole_model: bool
-) -> int:
+def write_hugging_face(tensors: Iterable[tuple[str, torch.Tensor]], model_dir: Path, target: Path, ranks: Ranks) -> int:
     """Writes `target`, whole or not at all, and returns the size of its weights in bytes.
 
     Each rank writes its own weights, to a file system that all share.
@@ -72,7 +70,6 @@ def write_hugging_face(
         model_dir: The model that the run started from: its config (and all that is no weight) is copied.
         target: The directory to make; what stands there is replaced.
         ranks: All of them make this call.
-        whole_model: Whether tokenizer and generation config come along, for people; an engine needs only the config.
 
     Raises:
         RunDirectoryError: The disk of a rank is full or the directory cannot be written, as all ranks hear; nothing is
@@ -89,7 +86,7 @@ def write_hugging_face(
     def commit() -> bool:
         with _one_line(target):
             _write_index(shards, temporary)
-            _copy_rest(model_dir, temporary, whole_model=whole_model)
+            _copy_rest(model_dir, temporary)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
         return True
@@ -193,11 +190,10 @@ def _write_index(shards: list[_Shard], directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _copy_rest(model_dir: Path, directory: Path, *, whole_model: bool) -> None:
+def _copy_rest(model_dir: Path, directory: Path) -> None:
     """What is no weight."""
     for source in model_dir.iterdir():
-        is_wanted = source.is_file() and not source.name.endswith(_WEIGHTS)
-        if is_wanted and (whole_model or source.name == "config.json"):
+        if source.is_file() and not source.name.endswith(_WEIGHTS):
             shutil.copyfile(source, directory / source.name)
 
 

@@ -78,14 +78,19 @@ class LedgerLink:
             self.checkpointed(checkpoint)  # the learner may have been killed before it could say so
         return begun.version, Lineages(begun.branches)
 
-    def reserve(self, version: Version, num_groups: int) -> tuple[wire.TrainingGroup, ...] | None:
+    def reserve(
+        self, version: Version, num_groups: int, check: Callable[[], None]
+    ) -> tuple[wire.TrainingGroup, ...] | None:
         """The groups of the step that starts at `version`, oldest first; None where the run is asked to stop.
+
+        `check` is called every so often: it may raise.
 
         Raises:
             StallError: Nothing the ledger waits for changed within `stall_timeout_s`.
         """
         waiting_for, since = "", time.monotonic()
         while not self._should_stop():
+            check()
             batch = self._ask(wire.Reserve(version=version, num_groups=num_groups), wire.Batch)
             if batch.visits and (groups := self._run(self._fetch_all(version, batch.visits))):
                 return groups
@@ -129,14 +134,15 @@ class LedgerLink:
         """How the run stands."""
         return self._ask(wire.Status(num_evaluations=num_evaluations), wire.StatusReport)
 
-    def finish(self, reason: str) -> dict[str, int]:
-        """Ends the run in the ledger, waits for the last evaluations, and returns the accounts.
+    def finish(self, reason: str, check: Callable[[], None]) -> dict[str, int]:
+        """Ends the run in the ledger, waits for the last evaluations, and returns the accounts; `check` may raise.
 
         Raises:
             StallError: The evaluations did not get on within `stall_timeout_s`.
         """
         waiting_for, since = "", time.monotonic()
         while True:
+            check()
             finished = self._ask(wire.Finish(reason=reason), wire.Finished)
             if finished.done or self._should_stop():
                 return finished.accounts

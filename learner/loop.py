@@ -1,5 +1,6 @@
 """The training loop."""
 
+from contextlib import closing
 from pathlib import Path
 
 from common import wire
@@ -30,7 +31,7 @@ class Learner:
         self._policy = policy
         self._ledger = ledger
         self._ranks = ranks
-        self._publisher = Publisher(config, run_dir, policy.vocab_size, ranks)
+        self._publisher = Publisher(config, run_dir, policy.vocab_size, ranks, ledger.publish)
         self._checkpoints = Checkpoints(config, run_dir, ranks)
         self._recorder = Recorder(config, run_dir) if ranks.is_first else None
         self._skips = SkipLimit(config)
@@ -45,22 +46,23 @@ class Learner:
         Raises:
             StallError: The run cannot go on; what is trained is checkpointed.
         """
-        self._begin()
-        try:
-            self._steps()
-        except StallError:
+        with closing(self._publisher):
+            self._begin()
+            try:
+                self._steps()
+            except StallError:
+                self._save()
+                self._finish_save()
+                raise
             self._save()
             self._finish_save()
-            raise
-        self._save()
-        self._finish_save()
-        self._end(STOPPED if self.version.number < self._config.steps else COMPLETE)
+            self._end(STOPPED if self.version.number < self._config.steps else COMPLETE)
 
     def _steps(self) -> None:
         watch = self._watch = Stopwatch()  # what was before is no step's
         while self.version.number < self._config.steps:
             with watch("wait"):
-                groups = self._ledger.reserve(self.version, self._config.groups_per_step)
+                groups = self._ledger.reserve(self.version, self._config.groups_per_step, self._publisher.check)
             if groups is None:
                 return
             with watch("update"), self._ledger.activity.working():
@@ -94,9 +96,7 @@ class Learner:
 
     def _publish(self) -> None:
         bind(version=str(self.version))
-        weights = self._watch.each("export", self._policy.export())
-        manifest = self._publisher.publish(self.version, weights, self._policy.sequence_logprobs)
-        self._ledger.publish(manifest)
+        self._publisher.publish(self.version, self._policy.export, self._policy.sequence_logprobs, self._watch)
 
     def _evaluate_and_save(self) -> None:
         last = self.version.number == self._config.steps
@@ -129,7 +129,7 @@ class Learner:
         status = self._ledger.status(self._recorder.num_evaluations)
         self._record_evaluations(self._recorder, status)
         self._ledger.activity.count(num_tokens=int(metrics["num_tokens"]), num_items=1)
-        self._recorder.step(self.version, groups, metrics, times, status)
+        self._recorder.step(self.version, groups, metrics | self._publisher.report(), times, status)
 
     def _record_evaluations(self, recorder: Recorder, status: wire.StatusReport) -> None:
         """Writes what came in; the best checkpoint is the one with the best mean over all held-out prompts."""
@@ -142,12 +142,11 @@ class Learner:
     def _end(self, reason: str) -> None:
         """The accounts, after the final evaluation where the run is complete; a stopped run can go on later."""
         if self.version.number == self._config.steps:
-            self._ledger.finish(reason)
+            self._ledger.finish(reason, self._publisher.check)
         weights = self._checkpoints.write_hugging_face(self._policy, self.version.number)
         checkpoint = "" if weights is None else str(weights)
         if self._recorder is not None:
             status = self._ledger.status(self._recorder.num_evaluations)
             self._record_evaluations(self._recorder, status)
             self._recorder.end(self.version, reason, status.accounts, checkpoint, status)
-            self._publisher.close()
         logger().info("training_ends", reason=reason, checkpoint=checkpoint)

@@ -1,72 +1,205 @@
-"""Weights on their way to the generators: a directory a version, on memory-backed storage."""
+"""Publishing a version: what of it is on the step's critical path, and what goes on beside training."""
 
-import shutil
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
+from threading import Thread
 
+import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from common import wire
 from common.config import Config
-from common.rendezvous import RunKeys
+from common.errors import DeadlineError, RunDirectoryError, SluiceError, WeightsError
+from common.memory import MemoryDirectory
 from common.versions import Version
-from learner.export import write_hugging_face
+from learner.publisher.link import PublisherLink
+from learner.publisher.reports import Encoded
 from learner.ranks import Ranks
+from learner.record import Stopwatch
+from learner.snapshot import PartWriter
 
 PROBE_TOKENS = 64
+_END_S = 10.0
+Export = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
-def weights_dir(config: Config, run_dir: Path) -> Path:
-    """Where the run's versions are published."""
-    return config.weights.of_run(RunKeys.load(run_dir).public)
+class _Written(msgspec.Struct, frozen=True):
+    """What a rank says of its snapshot."""
+
+    error: str
+
+
+class _Ready(msgspec.Struct, frozen=True):
+    """What a rank says of its part.
+
+    Attributes:
+        endpoint: Where the part can be pulled; empty where the rank has none.
+        encoded: What encoding it came to.
+        error: Why it is not encoded; empty where it is.
+    """
+
+    endpoint: str = ""
+    encoded: Encoded | None = None
+    error: str = ""
 
 
 class Publisher:
-    """Writes versions and keeps the newest few.
+    """Writes each version as one part a rank; a process beside the rank encodes it and hands it out.
 
-    What this does not do: it sends nothing. Generators pull; one that is in the middle of loading a version that is
-    removed here takes the newest instead.
+    A version is announced when the parts of all ranks are encoded, by a thread of the first rank; training goes on
+    meanwhile, up to the next version. Generators pull: nobody waits for them.
     """
 
-    def __init__(self, config: Config, run_dir: Path, vocab_size: int, ranks: Ranks) -> None:
-        self._directory = weights_dir(config, run_dir)
-        self._keep = config.weights.keep
-        self._ranks = ranks
-        self._model_dir = Path(config.model)
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        vocab_size: int,
+        ranks: Ranks,
+        announce: Callable[[wire.Manifest], None],
+    ) -> None:
+        """`announce` is called on the first rank, in another thread. All ranks make all calls in the same order."""
+        self._run_dir, self._ranks, self._announce = run_dir, ranks, announce
+        self._deadline_s, self._max_restarts = config.run.stall_timeout_s, config.run.max_restarts
+        self._parent = Path(config.weights.dir)
+        self._writer, self._group = PartWriter(), ranks.new_group()
+        self._directory: MemoryDirectory | None = None
+        self._link: PublisherLink | None = None
+        self._version = Version(0, 0)
+        self._announced: Future[None] | None = None
+        self._encoded: list[Encoded] = []
         generator = torch.Generator().manual_seed(config.seed)
         self._probe = torch.randint(0, vocab_size, (PROBE_TOKENS,), generator=generator).int()
-        left = self._directory.glob("*.*") if self._directory.is_dir() else ()
-        self._published = sorted((path for path in left if path.is_dir()), key=lambda path: path.stat().st_mtime)
 
     def publish(
-        self,
-        version: Version,
-        tensors: Iterable[tuple[str, torch.Tensor]],
-        logprobs: Callable[[torch.Tensor], torch.Tensor],
-    ) -> wire.Manifest:
-        """Writes one version whole, removes the oldest, and returns its manifest. All ranks write their weights.
+        self, version: Version, export: Export, logprobs: Callable[[torch.Tensor], torch.Tensor], watch: Stopwatch
+    ) -> None:
+        """Writes one version; it is announced when it can be pulled. The policy may be trained on when this returns.
 
         Args:
-            version: Of the weights.
-            tensors: The policy's weights, those of this rank.
+            version: The version of the weights.
+            export: The policy's weights that this rank hands out.
             logprobs: The policy's logprobs of a token sequence, Int[T] -> Float[T], the first one without meaning.
+            watch: Takes the times: `encode_wait` for the version before, `snapshot` for the copy, of which `export` is
+                what makes the tensors, and `probe` for the logprobs.
 
         Raises:
-            RunDirectoryError: The memory-backed storage is full.
+            RunDirectoryError: The memory-backed storage of a rank is full, as all ranks hear.
+            DeadlineError: A rank does not say in time whether it has encoded the version before.
+            WeightsError: The part of a rank cannot be encoded, as all ranks hear.
         """
-        path = self._directory / str(version)
-        size_bytes = write_hugging_face(tensors, self._model_dir, path, self._ranks, whole_model=False)
-        self._published.append(path)
-        while self._ranks.is_first and len(self._published) > self._keep:
-            shutil.rmtree(self._published.pop(0), ignore_errors=True)
-        return wire.Manifest(
-            version=version,
-            path=str(path),
-            size_bytes=size_bytes,
-            probe_token_ids=wire.int_bytes(self._probe.numpy()),
-            probe_logprobs=wire.float_bytes(logprobs(self._probe)[1:].float().cpu().numpy()),
-        )
+        with watch("encode_wait"):
+            self.finish()
+        with watch("snapshot"):
+            self._write(version, lambda: watch.each("export", export()))
+        with watch("probe"):
+            probed = logprobs(self._probe)[1:].float().cpu().numpy()
+        self._version, self._announced = version, (announced := Future[None]())
+        arguments = (announced, version, probed)
+        Thread(target=self._announce_encoded, args=arguments, name="announce", daemon=True).start()
+
+    def finish(self) -> None:
+        """Waits until the newest version is announced.
+
+        Raises:
+            DeadlineError: A rank does not say in time whether its part is encoded.
+            WeightsError: The part of a rank cannot be encoded, as all ranks hear.
+        """
+        if self._announced is not None:
+            try:
+                self._announced.result(self._deadline_s)
+            except TimeoutError as error:
+                waited = (
+                    f"waited {self._deadline_s:g} s for all {self._ranks.size} ranks to encode version {self._version}"
+                )
+                raise DeadlineError(waited) from error
+
+    def check(self) -> None:
+        """Looks whether the newest version can still be announced, and does not wait.
+
+        Raises:
+            WeightsError: The part of a rank cannot be encoded, as all ranks hear.
+        """
+        if self._announced is not None and self._announced.done():
+            self._announced.result()
+
+    def report(self) -> dict[str, float]:
+        """What encoding the newest announced version took and came to, for the first rank; NaN where there is no delta.
+
+        Seconds are those of the slowest rank, shares those of all parts together.
+        """
+        parts = self._encoded
+        deltas = [part for part in parts if part.delta_bytes]
+        full, elements = sum(part.full_bytes for part in parts), sum(part.num_elements for part in parts)
+        whole = len(deltas) == len(parts) > 0
+        return {
+            "encode_s": max((part.seconds for part in parts), default=math.nan),
+            "delta_share": sum(part.delta_bytes for part in deltas) / full if whole else math.nan,
+            "changed_share": sum(part.num_changed for part in deltas) / elements if whole else math.nan,
+        }
 
     def close(self) -> None:
         """Removes everything published: nobody pulls from a learner that has ended."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._announced is not None:
+            wait([self._announced], _END_S)
+        if self._link is not None:
+            self._link.close()
+        if self._directory is not None:
+            self._directory.remove()
+
+    def _write(self, version: Version, export: Export) -> None:
+        if self._directory is None:
+            self._directory = MemoryDirectory.make(self._parent, f"learner-{self._ranks.rank}")
+        path = self._directory.path / f"{version}.safetensors"
+        error = self._writer.write(export, path)
+        told = self._ranks.gather(msgspec.msgpack.encode(_Written(error)))
+        if error := next((each for data in told if (each := msgspec.msgpack.decode(data, type=_Written).error)), ""):
+            raise RunDirectoryError(error)
+        if self._writer.size_bytes:
+            if self._link is None:
+                directory, rank = self._directory.path, self._ranks.rank
+                self._link = PublisherLink(
+                    self._run_dir, directory, rank, deadline_s=self._deadline_s, max_restarts=self._max_restarts
+                )
+            self._link.encode(version, path)
+
+    def _announce_encoded(self, announced: Future[None], version: Version, probed: NDArray[np.float32]) -> None:
+        try:
+            self._await_all(version, probed)
+        except (SluiceError, RuntimeError) as error:  # RuntimeError: gloo's, where another rank has died
+            announced.set_exception(error)
+        else:
+            announced.set_result(None)
+
+    def _await_all(self, version: Version, probed: NDArray[np.float32]) -> None:
+        """Announces a version once all ranks have encoded their parts.
+
+        Raises:
+            WeightsError: One cannot, or not in time.
+        """
+        own = _Ready()
+        if self._link is not None:
+            try:
+                own = _Ready(self._link.endpoint, self._link.await_encoded())
+            except (DeadlineError, WeightsError) as error:
+                own = _Ready(error=str(error))
+        told = self._ranks.gather(msgspec.msgpack.encode(own), self._group)
+        ready = [msgspec.msgpack.decode(data, type=_Ready) for data in told]
+        if error := next((rank.error for rank in ready if rank.error), ""):
+            raise WeightsError(error)
+        if not self._ranks.is_first:
+            return
+        self._encoded = [rank.encoded for rank in ready if rank.encoded is not None]
+        self._announce(
+            wire.Manifest(
+                version=version,
+                publishers=tuple(rank.endpoint for rank in ready if rank.endpoint),
+                size_bytes=sum(part.full_bytes for part in self._encoded),
+                probe_token_ids=wire.int_bytes(self._probe.numpy()),
+                probe_logprobs=wire.float_bytes(probed),
+            )
+        )

@@ -80,18 +80,18 @@ class Ranks:
         self._broadcast(msgspec.msgpack.encode(_Answer(msgspec.Raw(msgspec.msgpack.encode(value)))))
         return value
 
-    def gather(self, data: bytes) -> list[bytes]:
-        """The data of every rank, in their order, on every rank."""
+    def gather(self, data: bytes, group: Group = None) -> list[bytes]:
+        """The data of every rank, in their order, on every rank; in another thread by a group of its own."""
         if self.size == 1:
             return [data]
         own = torch.tensor([len(data)])
         sizes = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(sizes, own)
+        dist.all_gather(sizes, own, group)
         lengths = [int(size) for size in sizes]
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else padded[:0]
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group)
         return [part[:length].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
 
     def _broadcast(self, data: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """What the learner writes down: a row of metrics a step, evaluations, and samples for people to read."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -169,6 +170,7 @@ def _fleet(status: wire.StatusReport) -> dict[str, float]:
             row[f"{role}_idle"] = 1 - float(np.mean([m.busy_share for m in members]))
         rates = [m.tokens_per_s if unit == "tokens" else m.items_per_s for m in members]
         row[f"{role}_{unit}_per_s"] = float(np.sum(rates))
+    row |= _pulls(status)
     states = (
         *(wire.VisitState.FILTERED, wire.VisitState.QUARANTINED),
         *(wire.VisitState.WAITING, wire.VisitState.LEASED, wire.VisitState.SCORED),
@@ -176,3 +178,10 @@ def _fleet(status: wire.StatusReport) -> dict[str, float]:
     filtered = {"filtered_right": status.filtered_right, "filtered_wrong": status.filtered_wrong}
     row |= {"pin_wait_s": status.pin_wait_s, "refused": sum(status.refused.values())}
     return row | {state.value: status.accounts.get(state, 0) for state in states} | filtered
+
+
+def _pulls(status: wire.StatusReport) -> dict[str, float]:
+    """What the newest weights cost the generators: the mean over those that have any, NaN where none has."""
+    names = {name: f"weights_{name}" for name in ("transfer_s", "decode_s", "pause_s", "pulled_bytes")}
+    gauges = [member.gauges for member in status.members if "pause_s" in member.gauges]
+    return {row: float(np.mean([g[name] for g in gauges])) if gauges else math.nan for name, row in names.items()}

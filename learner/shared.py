@@ -1,5 +1,7 @@
 """The ledger as all ranks of the learner see it: the first one asks, and each hears the answer."""
 
+from collections.abc import Callable
+
 from common import wire
 from common.membership import Activity
 from common.versions import Lineages, Version
@@ -44,13 +46,15 @@ class SharedLedger:
         begun = self._ranks.share(ask, wire.Begun)
         return begun.version, Lineages(begun.branches)
 
-    def reserve(self, version: Version, num_groups: int) -> _Groups | None:
+    def reserve(self, version: Version, num_groups: int, check: Callable[[], None]) -> _Groups | None:
         """The groups of the step that starts at `version`, oldest first; None where the run is asked to stop.
+
+        `check` is called on the first rank every so often; what it raises, all ranks do.
 
         Raises:
             StallError: Nothing the ledger waits for changed within `run.stall_timeout_s`.
         """
-        return self._ranks.share(lambda: self._first.reserve(version, num_groups) or (), _Groups) or None
+        return self._ranks.share(lambda: self._first.reserve(version, num_groups, check) or (), _Groups) or None
 
     def commit(self, version: Version, groups: _Groups) -> Version:
         """Tells the ledger that the step from `version` trained `groups`; returns the version that it made."""
@@ -77,13 +81,13 @@ class SharedLedger:
         """How the run stands; for the first rank alone."""
         return self._first.status(num_evaluations)
 
-    def finish(self, reason: str) -> dict[str, int]:
-        """Ends the run in the ledger, waits for the last evaluations, and returns the accounts.
+    def finish(self, reason: str, check: Callable[[], None]) -> dict[str, int]:
+        """Ends the run in the ledger, waits for the last evaluations, and returns the accounts; `check` as above.
 
         Raises:
             StallError: The evaluations did not get on within `run.stall_timeout_s`.
         """
-        return self._ranks.share(lambda: self._first.finish(reason), dict[str, int])
+        return self._ranks.share(lambda: self._first.finish(reason, check), dict[str, int])
 
     @property
     def _first(self) -> LedgerLink:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from common.rendezvous import RunKeys
 from tests.leaks import nothing_left_open
 
 TOGETHER = ("tests/system/", "tests/generator/")  # whole runs, one after the other, and what shares the engine
@@ -72,3 +73,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.models import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> RunKeys:
+    """Of a run directory that has nothing else."""
+    return RunKeys.create(tmp_path)

@@ -1,13 +1,18 @@
-"""Work on many pieces by a bounded number of threads."""
+"""Work in threads: on many pieces by a bounded number of them, and for a task that must not leave it half done."""
 
+import asyncio
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+P = ParamSpec("P")
+NUM_THREADS = max(1, (os.cpu_count() or 1) // 4)  # of a process that works beside others
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
@@ -26,3 +31,15 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_threads:
         finally:
             for future in under_way:
                 future.cancel()
+
+
+async def to_its_end(work: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+    """What `work` returns, in a thread; whoever is cancelled meanwhile waits for its end first."""
+    working = asyncio.create_task(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(working)
+    finally:
+        while not working.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({working})
+        working.exception()  # looked at, where whoever asked no longer does

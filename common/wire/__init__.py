@@ -23,6 +23,8 @@ A request and its answer:
     learner      ledger     Checkpoint     Done
     learner      ledger     Evaluate       Done
     learner      ledger     Finish         Finished       (held until the final evaluation is in)
+    generator    publisher  PartRequest    PartFiles      (held until the version is encoded)
+    generator    publisher  ChunkRequest   Chunk
     anyone       ledger     Status         StatusReport
     anyone       anyone                    Refused        (the request is understood and refused, or is malformed)
 """
@@ -93,4 +95,13 @@ from common.wire.training import (
     Reserve as Reserve,
     TrainingGroup as TrainingGroup,
     VisitState as VisitState,
+)
+from common.wire.weights import (
+    CHUNK_BYTES as CHUNK_BYTES,
+    Chunk as Chunk,
+    ChunkRequest as ChunkRequest,
+    Content as Content,
+    FileKey as FileKey,
+    PartFiles as PartFiles,
+    PartRequest as PartRequest,
 )

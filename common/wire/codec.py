@@ -27,6 +27,7 @@ from common.wire.training import (
     Publish,
     Reserve,
 )
+from common.wire.weights import Chunk, ChunkRequest, PartFiles, PartRequest
 
 MAX_MESSAGE_BYTES = 1 << 30
 _MAX_REASON = 300
@@ -41,12 +42,13 @@ class Refused(Message):
 _FromAnyone: TypeAlias = Hello | Beat | Watch | Status
 _FromGenerator: TypeAlias = LeaseRequest | GiveBack | RoomRequest | Group
 _FromLearner: TypeAlias = Begin | Reserve | Fetch | Commit | Publish | Checkpoint | Evaluate | Finish
-Request: TypeAlias = _FromAnyone | _FromGenerator | ScoredGroup | _FromLearner
+_ToPublisher: TypeAlias = PartRequest | ChunkRequest
+Request: TypeAlias = _FromAnyone | _FromGenerator | ScoredGroup | _FromLearner | _ToPublisher
 
 _ToAnyone: TypeAlias = Welcome | BeatAnswer | Directory | StatusReport
 _ToGenerator: TypeAlias = Leases | Room | Verdict
 _ToLearner: TypeAlias = Begun | Batch | Fetched | Committed | Done | Finished
-Answer: TypeAlias = _ToAnyone | _ToGenerator | _ToLearner | Refused
+Answer: TypeAlias = _ToAnyone | _ToGenerator | _ToLearner | PartFiles | Chunk | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Request | Answer)
@@ -73,7 +75,7 @@ def decode(data: bytes | memoryview) -> Request | Answer:
     return message
 
 
-def _parts(message: Request | Answer) -> Iterator[Completion | Prompt | Manifest | Evaluation]:
+def _parts(message: Request | Answer) -> Iterator[Completion | Prompt | Manifest | Evaluation | PartFiles]:
     """What in a message has to be checked beyond its types."""
     match message:
         case Group():
@@ -89,6 +91,8 @@ def _parts(message: Request | Answer) -> Iterator[Completion | Prompt | Manifest
             yield message.manifest
         case Directory() if message.manifest is not None:
             yield message.manifest
+        case PartFiles():
+            yield message
         case StatusReport():
             yield from message.evaluations
         case _:

@@ -12,7 +12,7 @@ from common.versions import Version
 from common.wire.base import Duration, Finite, LeaseKey, Line, Message, Name, Natural, Role, Small, Text
 from common.wire.training import Manifest
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 Revision = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 

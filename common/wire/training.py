@@ -100,18 +100,18 @@ class Committed(Message):
 
 
 class Manifest(Message):
-    """A published version: where its weights are and how to check an engine that loaded them.
+    """A published version: who hands it out, and how to check an engine that loaded it.
 
     Attributes:
-        version: Of the weights.
-        path: Directory in Hugging Face format, on memory-backed storage.
-        size_bytes: Of the weights.
+        version: The version of the weights.
+        publishers: Where each part can be pulled.
+        size_bytes: Size of the whole weights.
         probe_token_ids: int32 bytes of one probe sequence.
         probe_logprobs: float32 bytes, the learner's logprob of each probe token after the first.
     """
 
     version: Version
-    path: Name
+    publishers: tuple[Name, ...]
     size_bytes: Natural
     probe_token_ids: bytes
     probe_logprobs: bytes

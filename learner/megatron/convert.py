@@ -84,8 +84,9 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of each Hugging Face weight that is this rank's to hand out: each is, on exactly one rank.
 
-    All ranks must take all of theirs at the same time: those that share a matrix put it together. Replicas take turns.
-    Some tensors are views of the parameters, which the next update changes.
+    All ranks must take all of theirs at the same time: those that share a matrix put it together, and take turns in
+    handing it out, as replicas do, so that no rank has the whole model. Some tensors are views of the parameters, which
+    the next update changes.
 
     Args:
         pieces: Of the model.
@@ -101,8 +102,9 @@ def export_weights(
             replicas = place.replicas if row.expert is None else place.expert_replicas
             if turn % replicas.size != replicas.rank:
                 continue
-            parts = [_whole(t, row, row.part(place)) for t in row.split(row.of(value_of(parameters[row.megatron])))]
-            if row.part(place).rank == 0:
+            share = row.part(place)
+            parts = [_whole(t, row, share) for t in row.split(row.of(value_of(parameters[row.megatron])))]
+            if turn // replicas.size % share.size == share.rank:
                 yield from zip(row.hugging_face, parts, strict=True)
 
 

@@ -29,7 +29,7 @@ SPAN = wire.Span(1.5, 2.5)
 STATS = wire.Stats(interval=SPAN, busy=(SPAN,), num_tokens=9, num_items=2, gauges={"queue": 3.0})
 MANIFEST = wire.Manifest(
     version=V,
-    path="/dev/shm/sluice-a/1.12",
+    publishers=("tcp://127.0.0.1:7171", "tcp://127.0.0.1:7172"),
     size_bytes=1000,
     probe_token_ids=wire.int_bytes([1, 2, 3]),
     probe_logprobs=wire.float_bytes([-1.0, -2.0]),
@@ -66,6 +66,7 @@ EVALUATION = wire.Evaluation(
     oldest=Version(0, 3),
     newest=V,
 )
+CONTENT = wire.Content(key=wire.FileKey(1, V, Version(0, 11)), size_bytes=wire.CHUNK_BYTES + 1, sums=bytes(16))
 STATUS_REPORT = wire.StatusReport(
     version=V,
     members=(MEMBER,),
@@ -107,6 +108,10 @@ MESSAGES: tuple[wire.Request | wire.Answer, ...] = (
     wire.Commit(version=V, visits=(1, 2)),
     wire.Committed(sequence=13, num_visits=99),
     wire.Publish(manifest=MANIFEST),
+    wire.PartRequest(version=V, have=Version(0, 11)),
+    wire.PartFiles(part=1, files=(CONTENT,)),
+    wire.ChunkRequest(key=CONTENT.key, index=1),
+    wire.Chunk(data=memoryview(b"of a delta")),
     wire.Checkpoint(version=V),
     wire.Evaluate(version=V),
     wire.Finish(reason="all steps done"),

@@ -9,10 +9,10 @@ import msgspec
 
 from common import wire
 
-NAMES = {"name", "run", "generator", "verifier", "prompt_id", "reward", "id", "source", "path", "status"}
+NAMES = {"name", "run", "generator", "verifier", "prompt_id", "reward", "id", "source", "status"}
 EMPTY_NAMES = {"endpoint"}
 TEXTS = {"answer", "reason", "waiting_for", "extracted", "stop", "leases"}
-LISTED_NAMES = {"verifiers"}
+LISTED_NAMES = {"verifiers", "publishers"}
 MAX_NAME, MAX_TEXT = 1024, 1 << 20
 
 
@@ -28,6 +28,8 @@ def _faults(of: wire.Message) -> Any:
         yield from _completion(of)
     elif isinstance(of, wire.Manifest):
         yield from _manifest(of)
+    elif isinstance(of, wire.PartFiles):
+        yield from _part_files(of)
     elif isinstance(of, wire.Prompt) and (not of.token_ids or min(_ints(of.token_ids)) < 0):
         yield f"a prompt of {of.token_ids!r}"
 
@@ -35,7 +37,7 @@ def _faults(of: wire.Message) -> Any:
 def _value(of: wire.Message, field: str, value: Any) -> Any:
     """Faults of a value, of those in it where it has parts."""
     where = f"{type(of).__name__}.{field} = {value!r:.80}"
-    if isinstance(value, (bool, Enum, bytes)) or value is None:
+    if isinstance(value, (bool, Enum, bytes, memoryview)) or value is None:
         return
     if isinstance(value, msgspec.Struct):
         yield from _faults(value)  # type: ignore[arg-type]
@@ -85,6 +87,17 @@ def _manifest(of: wire.Manifest) -> Any:
     tokens, logprobs = _ints(of.probe_token_ids), _floats(of.probe_logprobs)
     if len(logprobs) != max(0, len(tokens) - 1) or min(tokens, default=0) < 0 or not all(map(math.isfinite, logprobs)):
         yield f"probes {tokens}, {logprobs}"
+
+
+def _part_files(of: wire.PartFiles) -> Any:
+    for before, after in zip(of.files, of.files[1:], strict=False):
+        if after.key.base is None or tuple(after.key.base) != tuple(before.key.version):
+            yield f"{after.key} behind {before.key}"
+    for file in of.files:
+        if file.key.part != of.part:
+            yield f"{file.key} of part {of.part}"
+        if len(file.sums) != 8 * -(-file.size_bytes // (1 << 20)):
+            yield f"{len(file.sums)} bytes of checksums of {file.size_bytes} bytes"
 
 
 def _ints(data: bytes) -> tuple[int, ...]:

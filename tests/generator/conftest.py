@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from common import wire
 from common.config import Config, GeneratorConfig
+from common.memory import MemoryDirectory
 from common.versions import Version
 from generator.engine import Engine
 from tests.clocks import PATIENCE_S, SkippingLoop
 from tests.generator.bigrams import write_bigram_model
 from tests.leaks import living, nothing_left_open
 from tests.models import write_tiny_model
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class RunningEngine(NamedTuple):
@@ -26,11 +28,6 @@ class RunningEngine(NamedTuple):
     engine: Engine
     run: Callable[[Coroutine[Any, Any, Any]], Any]
     model: Path
-
-
-def manifest(path: Path, version: Version) -> wire.Manifest:
-    """Of a version whose gate nobody asks for."""
-    return wire.Manifest(version=version, path=str(path), size_bytes=1, probe_token_ids=b"", probe_logprobs=b"")
 
 
 async def until(holds: Callable[[], bool | Awaitable[bool]], what: str) -> None:
@@ -54,11 +51,11 @@ def module_leaves_nothing_open() -> Generator[None]:
 @contextmanager
 def running_engine(config: Config) -> Generator[RunningEngine]:
     """An engine that holds version 0.0 of its model."""
-    loop, model = SkippingLoop(), Path(config.model)
+    loop, model, memory = SkippingLoop(), Path(config.model), MemoryDirectory.make(SHARED_MEMORY, "engine-under-test")
 
     async def start() -> Engine:
-        engine = Engine(config)
-        await engine.load(manifest(model, Version(0, 0)))
+        engine = Engine(config, memory.path)
+        await engine.load(model, Version(0, 0))
         return engine
 
     policy = asyncio.get_event_loop_policy()
@@ -72,6 +69,8 @@ def running_engine(config: Config) -> Generator[RunningEngine]:
     assert engine._manager.send_to_scheduler.closed
     loop.close()
     assert not living(processes)
+    assert [path.name[:6] for path in memory.path.iterdir()] == ["loads-"]  # what SGLang shares is there, not beside it
+    memory.remove()
 
 
 @pytest.fixture(scope="package")  # an idle engine keeps a core busy
@@ -88,6 +87,6 @@ def bigrams(running: RunningEngine, tmp_path_factory: pytest.TempPathFactory) ->
     engine = running.engine
     assert engine.version is not None
     before, model = engine.version, tmp_path_factory.mktemp("bigrams") / "model"
-    running.run(engine.load(manifest(write_bigram_model(model, running.model), Version(0, 0))))
+    running.run(engine.load(write_bigram_model(model, running.model), Version(0, 0)))
     yield running._replace(model=model)
-    running.run(engine.load(manifest(running.model, before.next())))
+    running.run(engine.load(running.model, before.next()))

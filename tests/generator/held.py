@@ -15,7 +15,7 @@ from tests.clocks import comes_about
 
 def hold(name: str, run_dir: Path) -> None:
     """Replaces a method of SGLang's manager by one that waits."""
-    prepare_environment()
+    prepare_environment(run_dir)
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
     real: Any = getattr(TokenizerManager, name)

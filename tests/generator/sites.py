@@ -18,6 +18,7 @@ from generator.engine import Engine
 from generator.handover import Handover
 from generator.rollouts import Rollouts
 from generator.weights import Weights
+from generator.weights_copy import WeightsCopy
 from tests.clocks import PATIENCE_S
 from tests.groups import grade
 from tests.learner.ledger.roles import Learner, serving
@@ -78,9 +79,8 @@ async def site(engine: Engine, run_dir: Path, config: Config) -> AsyncGenerator[
     async with serving(run_dir) as (_, client):
         verifier, learner, handover = Verifier(client), Learner(client, config), Handover(keys, activity)
         rollouts = Rollouts(NAME, engine, client, handover, config, activity)
-        weights = Weights(
-            engine, client, config.generator, activity, before_load=rollouts.finish_pinned, deadline_s=PATIENCE_S
-        )
+        copy = WeightsCopy(run_dir, Path(config.model), keys, deadline_s=PATIENCE_S)
+        weights = Weights(engine, copy, client, config, activity, before_load=rollouts.finish_pinned)
         weights.ready.set()
         hello = wire.Hello(role=wire.Role.GENERATOR, name=NAME, run=keys.public)
         membership = Membership(

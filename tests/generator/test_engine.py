@@ -13,7 +13,7 @@ from common.errors import EngineError, GateError
 from common.versions import Version
 from common.vision import declare_vision_operators
 from generator.weights import check_gate
-from tests.generator.conftest import RunningEngine, manifest, until
+from tests.generator.conftest import RunningEngine, until
 from tests.models import write_tiny_model
 
 PROMPT = np.array([2, 9, 12, 6, 7, 15], dtype=np.int32)
@@ -124,7 +124,7 @@ def test_an_update_in_flight_gives_tokens_of_both_versions(running: RunningEngin
             asyncio.create_task(engine.generate(PROMPT, LONG, seed=i, request_id=f"flight-{i}")) for i in range(16)
         ]
         await until(lambda: engine.load_now().num_running > 0, "the engine to begin")
-        await engine.load(manifest(running.model, before.next()))
+        await engine.load(running.model, before.next())
         return await asyncio.gather(*tasks)
 
     completions = running.run(update())
@@ -144,7 +144,7 @@ def test_a_request_that_waits_through_an_update_counts_as_old_as_its_prefix(runn
         many = [engine.generate(PROMPT, LONG, seed=i, request_id=f"queue-{i}") for i in range(400)]
         tasks = [asyncio.create_task(one) for one in many]
         await until(lambda: engine.load_now().num_waiting > 0, "requests to wait for their turn")
-        await engine.load(manifest(running.model, before.next()))
+        await engine.load(running.model, before.next())
         return await asyncio.gather(*tasks)
 
     completions = running.run(update())
@@ -163,10 +163,10 @@ def test_the_prefix_cache_carries_no_old_weights_into_new_requests(running: Runn
     async def swap() -> tuple[wire.Completion, wire.Completion]:
         assert engine.version is not None
         await engine.generate(prompt, greedy, seed=0, request_id="prefix-old")
-        await engine.load(manifest(other_model, engine.version.next()))
+        await engine.load(other_model, engine.version.next())
         after = await engine.generate(prompt, greedy, seed=0, request_id="prefix-new")
         again = await engine.generate(prompt, greedy, seed=0, request_id="prefix-again")
-        await engine.load(manifest(running.model, engine.version.next()))
+        await engine.load(running.model, engine.version.next())
         return after, again
 
     for completion in running.run(swap()):
@@ -201,6 +201,6 @@ def test_in_bfloat16_the_gate_looks_at_mean_and_99th_percentile() -> None:
 
 def test_weights_that_are_not_there_are_an_error_and_the_engine_goes_on(running: RunningEngine, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"could not load version 9\.9"):
-        running.run(running.engine.load(manifest(tmp_path / "gone", Version(9, 9))))
+        running.run(running.engine.load(tmp_path / "gone", Version(9, 9)))
     completion = running.run(running.engine.generate(PROMPT, SHORT, seed=1, request_id="after"))
     assert completion.num_tokens > 0

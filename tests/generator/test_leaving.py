@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from common import wire
-from common.sections import LeaseConfig, RunConfig, SamplingConfig
+from common.memory import MemoryDirectory
+from common.sections import LeaseConfig, RunConfig, SamplingConfig, WeightsConfig
 from common.transport import Client
 from common.versions import Version
 from tests.clocks import PATIENCE_S
@@ -25,6 +26,7 @@ from tests.generator.sites import NAME, make_run
 from tests.leaks import living
 from tests.learner.ledger.roles import ROOT, Learner, serving
 from tests.models import write_tiny_model
+from tests.publishing import publishing
 
 PROBE = np.full(16, ENDLESS, np.int32)  # each is certain after the one before: a logprob of 0
 PATIENT = RunConfig(stop_timeout_s=6 * PATIENCE_S)  # of which a load that is under way has a part
@@ -43,14 +45,15 @@ async def generator_of(
     long = SamplingConfig(max_tokens=3000)
     config = make_run(tmp_path / "run", model, ["b"] * 4, group_size=4, max_staleness=0, sampling=long, **changes)
     probe = {"probe_token_ids": wire.int_bytes(PROBE), "probe_logprobs": wire.float_bytes([0.0] * 15)}
-    manifest = wire.Manifest(version=Version(0, 0), path=str(model), size_bytes=1, **probe)
+    publishers = publishing(tmp_path / "run", tmp_path / "published")
     async with serving(tmp_path / "run") as (_, client):
         await Learner(client, config).hello()
         await client.ask(wire.Begin(checkpoint=None, sequence=0), wire.Begun, deadline_s=PATIENCE_S)
-        with (tmp_path / "stderr").open("wb") as stderr:
+        with publishers as publisher, (tmp_path / "stderr").open("wb") as stderr:
+            first = publisher.publish(Version(0, 0), [model / "model.safetensors"], **probe)
             generator = start_generator(tmp_path / "run", stderr, module)
             try:
-                yield client, wire.Publish(manifest=manifest), generator
+                yield client, wire.Publish(manifest=first), generator
             finally:
                 generator.kill()
 
@@ -131,6 +134,38 @@ def test_a_generator_whose_load_never_ends_gives_it_up_and_leaves_no_process(tmp
 
     assert asyncio.run(scenario()) == 0
     assert has_logged(tmp_path, "engine_given_up")
+
+
+@pytest.mark.full
+@pytest.mark.stops
+def test_a_generator_that_is_killed_leaves_nothing_that_the_next_does_not_remove(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    weights = WeightsConfig(dir=str(tmp_path / "memory"))
+
+    def loads() -> set[Path]:
+        return set(Path("/dev/shm").glob("sglang_loads_*"))
+
+    async def scenario() -> None:
+        async with generator_of(tmp_path, weights=weights) as (client, first, generator):
+            await client.ask(first, wire.Done, deadline_s=PATIENCE_S)
+            await until(lambda: has_logged(tmp_path, "weights_loaded"), "weights")
+            started = psutil.Process(generator.pid).children(recursive=True)
+            (own,) = (path for path in (tmp_path / "memory").iterdir() if path.is_dir())
+            assert {"weights", "pulled"} < {path.name for path in own.iterdir()}
+            assert list(own.glob("loads-*"))
+            generator.kill()
+            generator.wait()
+            await until(lambda: not living(started), "its processes to end")
+            assert own.is_dir()
+
+    before = loads()
+    asyncio.run(scenario())
+    assert loads() <= before
+    with MemoryDirectory.make(tmp_path / "memory", "generator-0") as directory:
+        assert {path.name for path in (tmp_path / "memory").iterdir()} == {
+            directory.path.name,
+            f"{directory.path.name}.lock",
+        }
 
 
 async def begin_load(

@@ -16,7 +16,7 @@ from common.wire import FinishReason
 from generator.engine import Engine
 from tests.clocks import PATIENCE_S
 from tests.generator.bigrams import ENDLESS
-from tests.generator.conftest import RunningEngine, manifest, until
+from tests.generator.conftest import RunningEngine, until
 
 PROMPT = np.array([2, 9, 12, 6, 7, 15], dtype=np.int32)
 SHORT, LONG = (SamplingConfig(max_tokens=num).on_wire() for num in (8, 2000))
@@ -92,7 +92,7 @@ def test_a_load_goes_on_to_its_end_when_whoever_asked_is_cancelled(running: Runn
     async def scenario() -> None:
         async with unharmed(engine):
             with moment(engine) as (made, let_go):
-                loading = asyncio.create_task(engine.load(manifest(running.model, newer)))
+                loading = asyncio.create_task(engine.load(running.model, newer))
                 await asyncio.wait_for(made.wait(), PATIENCE_S)
                 loading.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -111,10 +111,10 @@ def test_a_load_that_is_asked_for_while_another_is_under_way_comes_after_it(runn
     async def scenario() -> None:
         async with unharmed(engine):
             with held(engine, "update_weights_from_disk") as (made, let_go):
-                loading = asyncio.create_task(engine.load(manifest(running.model, first)))
+                loading = asyncio.create_task(engine.load(running.model, first))
                 await asyncio.wait_for(made.wait(), PATIENCE_S)
                 loading.cancel()
-                again = asyncio.create_task(engine.load(manifest(running.model, second)))
+                again = asyncio.create_task(engine.load(running.model, second))
                 await asyncio.wait([loading])
                 let_go()
                 await asyncio.wait_for(again, PATIENCE_S)

@@ -11,7 +11,15 @@ from common.learning import ParallelConfig
 from common.sections import EngineParallelConfig
 from common.shape import ModelShape
 from launch.activations import held_bytes, layer_bytes
-from launch.estimate import checkpoint_bytes, engine_memory, host_memory, logits_bytes, rank_memory, update_bytes
+from launch.estimate import (
+    assumed_delta,
+    checkpoint_bytes,
+    engine_memory,
+    host_memory,
+    logits_bytes,
+    rank_memory,
+    update_bytes,
+)
 from launch.parameters import Parameters, engine_parameters, model_parameters, rank_parameters
 from launch.placement import place
 
@@ -90,6 +98,21 @@ def test_a_node_holds_the_copies_of_all_its_ranks_while_a_checkpoint_is_under_wa
     copies = 2 * 12 * (model_parameters(DENSE) // 4)
     assert [(node.checkpoint, node.offloaded) for node in nodes] == [(copies, 0), (copies, 0), (0, 0)]
     assert checkpoint_bytes(DENSE) == 2 * copies
+
+
+def test_a_node_holds_what_its_ranks_publish_and_what_its_generators_pull() -> None:
+    weights = {"retention": 3.0}
+    settings = config(learner=learner(data=4), generator={"count": 2}, placement={"gpus_per_node": 2}, weights=weights)
+    nodes = host_memory(settings, DENSE, place(settings))
+    size, share = update_bytes(settings, DENSE), assumed_delta(settings).bytes_share
+    assert [node.published for node in nodes] == [int((5 + share) * size / 2)] * 2 + [0]
+    assert [node.pulled for node in nodes] == [0, 0, 2 * int((1 + share) * size)]
+
+
+def test_more_updates_a_step_change_more_and_in_float32_all() -> None:
+    deltas = [assumed_delta(config(learner=learner(), updates_per_step=n, groups_per_step=n)) for n in (1, 2, 8, 64)]
+    assert deltas == [(0.011, 0.0073), (0.021, 0.014), (0.036, 0.022), (0.036, 0.022)]
+    assert assumed_delta(config(learner=learner() | {"dtype": "float32"})) == (1.0, 0.58)
 
 
 def test_activations_of_a_dense_layer() -> None:

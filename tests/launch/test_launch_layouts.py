@@ -106,10 +106,13 @@ PLANS = {
         "memory of each of an engine's 4 GPUs (tensor 4, data 1, expert 1):",
         "    KV cache       45.78 GiB  2,000,000 tokens: 195 of the longest sequences",
         "    in all         60.01 GiB  of 64.00 GiB, 3.99 GiB free; 16.00 GiB are left",
-        "  node 0: optimizer state 227.58 GiB + a checkpoint under way 341.37 GiB + published weights 170.61 GiB = "
-        "739.55 GiB of 1024.00 GiB",
-        "  node 1: nothing that is counted",
-        "bytes per weight update: 56.87 GiB, the whole model, once a step; written by the learner and",
+        "  node 0: optimizer state 227.58 GiB + a checkpoint under way 341.37 GiB + published weights 257.17 GiB = "
+        "826.11 GiB of 1024.00 GiB",
+        "  node 1: pulled weights 116.24 GiB = 116.24 GiB of 1024.00 GiB",
+        "bytes per weight update: 1.25 GiB to each of 2 generators, where 3.6% of the elements change; "
+        "the whole model, 56.87 GiB, to one that joins",
+        "the learner has 257.17 GiB in /dev/shm, and each generator 58.12 GiB",
+        "a version changes 3.6% of the elements, 2.2% of the bytes: as measured in bfloat16",
         "bytes per checkpoint: 341.22 GiB",
         "739.32 GiB within run.stop_timeout_s = 3600",
         "the launcher starts processes on one machine alone, and refuses to start these",
@@ -132,7 +135,7 @@ PLANS = {
         "learner: CUDA_VISIBLE_DEVICES=0,1,2,3 python -m torch.distributed.run",
         "memory of each engine's GPU (tensor 1, data 1, expert 1):",
         "    KV cache       51.50 GiB  1,500,000 tokens: 146 of the longest sequences",
-        "bytes per weight update: 5.75 GiB, the whole model, once a step; written by the learner and",
+        "bytes per weight update: 82.4",
     ),
     "ep8-tiny": (
         "model: ",
@@ -142,7 +145,7 @@ PLANS = {
         "  rank 7: data 7, expert 7",
         "  rank 0-7, 215,808 parameters:",
         "    KV cache       64.00 MiB  65,536 tokens: 819 of the longest sequences",
-        "3 versions and one in the making are in /dev/shm: 13.79 MiB",
+        "the learner has 17.52 MiB in /dev/shm, and each generator 5.45 MiB",
     ),
 }
 
@@ -193,12 +196,15 @@ def test_a_dry_run_without_a_model_is_a_plan_for_the_one_it_is_made_for(
         (
             ("ep8", "placement.host_memory_gib=400"),
             (
-                "found optimizer state 227.58 GiB + a checkpoint under way 341.37 GiB + published weights 170.61 GiB",
+                "found optimizer state 227.58 GiB + a checkpoint under way 341.37 GiB + published weights 257.17 GiB",
                 "host_memory_gib = 400",
             ),
         ),
         (("ep8", "placement.host_memory_gib=800", "loss.kl_coefficient=0.01"), ("+ reference 65.58 GiB + ",)),
-        (("ep8", "weights.keep=16"), ("published weights 966.8", "expected at most placement.host_memory_gib = 1024")),
+        (
+            ("ep8", "weights.retention=15"),
+            ("published weights 968.0", "expected at most placement.host_memory_gib = 1024"),
+        ),
         (("ep8", "placement.gpu_memory_gib=48"), ("= 49.68 GiB, expected at most placement.gpu_memory_gib = 48",)),
         (("ep8", "learner.max_tokens_per_microbatch=204800"), ("activations 20.75 GiB", "one layer 25.01 GiB")),
         (("ep8-tiny", "learner.parallel.data=5", "learner.parallel.expert=5"), ("found 5", "num_experts = 8")),

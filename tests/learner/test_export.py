@@ -145,7 +145,7 @@ def _write_with_a_full_disk(directory: Path) -> None:
 
     export.SHARD_BYTES = 1
     with limited_files(50_000 if rank == 1 else 1 << 30), pytest.raises(RunDirectoryError) as caught:
-        write_hugging_face(weights(), directory / "model", directory / "out", Ranks(), whole_model=False)
+        write_hugging_face(weights(), directory / "model", directory / "out", Ranks())
     (directory / f"told-{rank}").write_text(str(caught.value))
 
 

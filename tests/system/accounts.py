@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections import Counter
+from contextlib import suppress
 from math import sqrt
 from pathlib import Path
 from statistics import mean
@@ -38,6 +39,26 @@ class Cost(NamedTuple):
 def visits(run_dir: Path) -> list[Visit]:
     """All visits as the ledger's file has them, by number; of a live run too."""
     return [visit_of(row, 0.0) for row in _query(run_dir, "SELECT * FROM visits ORDER BY number")]
+
+
+def leases(run_dir: Path, holder: str, since: float = 0.0) -> list[Visit]:
+    """The visits that a generator holds, granted after some time."""
+    return [visit for visit in visits(run_dir) if visit.holder == holder and visit.granted_at > since]
+
+
+def makers(run_dir: Path) -> set[str]:
+    """The generators that made the trained groups that are still on disk."""
+    store, found = Store(run_dir, read_only=True), set[str]()
+    try:
+        for visit in visits(run_dir):
+            if visit.state.value == "trained":
+                with suppress(KeyError):  # a checkpoint has freed it
+                    scored = store.payload(visit.number)
+                    assert scored is not None
+                    found.add(scored.group.generator)
+    finally:
+        store.close()
+    return found
 
 
 def lineages(run_dir: Path) -> Lineages:

@@ -4,8 +4,10 @@ When a test fails, its report has the last lines of every process of its runs, a
 """
 
 import asyncio
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,9 +50,11 @@ class Run:
     ) -> None:
         """`prefix` is a command that runs another, such as `ip netns exec NAME`."""
         self.directory = directory
+        self.memory = Path("/dev/shm") / f"run-{hashlib.blake2s(str(directory).encode(), digest_size=6).hexdigest()}"
+        self.memory.mkdir(exist_ok=True)  # a run that goes on has the place of the one before
         self._output = output.open("w+")
         patient = (f"run.stop_timeout_s={HANG_S}", f"run.stall_timeout_s={HANG_S}")  # of a busy machine
-        own = (f"run.dir={directory}", *patient)
+        own = (f"run.dir={directory}", f"weights.dir={self.memory}", *patient)
         command = [*prefix, sys.executable, "launch/cluster.py", "--layout", layout, *own, *overrides]
         self.launcher = subprocess.Popen(
             command,
@@ -184,11 +188,9 @@ class Run:
         command = [sys.executable, "-m", "learner.ledger", "--audit", str(self.directory)]
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_S, check=False)
 
-    def published(self) -> Path:
-        """Where the run publishes its weights."""
-        from learner.publish import weights_dir
-
-        return weights_dir(read_resolved(self.directory), self.directory)
+    def model(self) -> Path:
+        """The directory of its model."""
+        return Path(read_resolved(self.directory).model)
 
     def assert_sound(self) -> None:
         """The accounts hold, the promise was kept, and nothing is left behind."""
@@ -216,12 +218,12 @@ class Run:
         assert Path(summary["checkpoint"]).is_dir()
 
     def assert_nothing_is_left(self) -> None:
-        """No process of the run lives, and its published weights are gone."""
+        """No process of the run lives, and nothing of it is in memory-backed storage."""
         until = time.monotonic() + HANG_S  # the kernel may take its time
         while (alive := self.processes()) and time.monotonic() < until:
             time.sleep(0.2)
         assert not alive, [p.cmdline() for p in alive]
-        assert not self.published().exists()
+        assert list(self.memory.iterdir()) == []
 
     def last_words(self) -> str:
         """The last lines of what a person saw and of each process's log, and what the ledger's file says."""
@@ -247,6 +249,7 @@ class Run:
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        shutil.rmtree(self.memory, ignore_errors=True)
         self._output.close()
 
 

@@ -26,6 +26,8 @@ STEP_KEYS = set(
     nonfinite_updates
     learner_tokens_per_s generator_tokens_per_s verifier_completions_per_s learner_idle generator_idle
     verifier_idle ledger_idle overlap_share filtered quarantined waiting leased scored epoch epochs pin_wait_s refused
+    snapshot_s probe_s encode_wait_s encode_s delta_share changed_share
+    weights_transfer_s weights_decode_s weights_pause_s weights_pulled_bytes
     num_groups_expired expired_tokens_p50 expired_tokens_p90 expired_tokens_max
     """.split()  # noqa: SIM905
 )

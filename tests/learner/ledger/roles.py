@@ -198,7 +198,7 @@ class Learner:
 
     async def publish(self) -> None:
         manifest = wire.Manifest(
-            version=self.version, path="/nowhere", size_bytes=1, probe_token_ids=b"", probe_logprobs=b""
+            version=self.version, publishers=(), size_bytes=1, probe_token_ids=b"", probe_logprobs=b""
         )
         await self._client.ask(wire.Publish(manifest=manifest), wire.Done, deadline_s=PATIENCE_S)
 

@@ -132,7 +132,9 @@ def test_without_shuffling_the_order_is_the_files() -> None:
 
 def test_a_manifest_and_members_outlive_the_process(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    manifest = wire.Manifest(version=Version(1, 2), path="/p", size_bytes=3, probe_token_ids=b"1", probe_logprobs=b"2")
+    manifest = wire.Manifest(
+        version=Version(1, 2), publishers=("tcp://p",), size_bytes=3, probe_token_ids=b"1", probe_logprobs=b"2"
+    )
     store.save_manifest(manifest)
     store.save_member("verifier-0", "verifier", "tcp://x")
     store.save_member("generator-0", "generator", "")
@@ -195,7 +197,9 @@ def test_a_new_session_finds_nobody_in_the_run_and_nothing_published(tmp_path: P
     store = Store(tmp_path)
     store.save_member("verifier-0", "verifier", "tcp://127.0.0.1:1")
     store.save_manifest(
-        wire.Manifest(version=Version(0, 3), path="/gone", size_bytes=1, probe_token_ids=b"", probe_logprobs=b"")
+        wire.Manifest(
+            version=Version(0, 3), publishers=("tcp://gone",), size_bytes=1, probe_token_ids=b"", probe_logprobs=b""
+        )
     )
     store.begin_session()
     assert store.members() == []

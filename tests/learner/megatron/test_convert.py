@@ -35,7 +35,7 @@ def test_an_exported_policy_is_the_same_policy(kind: str, tmp_path: Path) -> Non
     policy = Policy(tiny.config(tmp_path / "a"))
     micros = tiny.micro_batches([9, 9, 12])
     policy.update(micros, tiny.masked_mean_loss)
-    write_hugging_face(policy.export(), tmp_path / "a", tmp_path / "b", Ranks(), whole_model=True)
+    write_hugging_face(policy.export(), tmp_path / "a", tmp_path / "b", Ranks())
     logprobs = policy.logprobs(micros[:1])[0]
     assert torch.equal(Policy(tiny.config(tmp_path / "b")).logprobs(micros[:1])[0], logprobs)
     reference = tiny.reference_class(kind).from_pretrained(tmp_path / "b")
