@@ -18,6 +18,11 @@ BENCHMARKS = (
     "routing",
     "saving",
     "weights.codec",
+    "weights.transfer",
+    "weights.pause",
+    "weights.arithmetic",
+    "weights.beside",
+    "weights.local",
     "local",
 )
 

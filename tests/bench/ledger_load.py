@@ -183,9 +183,7 @@ class LoadLearner:
             assert (await self._client.ask(fetch, wire.Fetched, deadline_s=WAIT_S)).group is not None
 
     async def _publish(self, version: Version) -> None:
-        manifest = wire.Manifest(
-            version=version, path="/nowhere", size_bytes=1, probe_token_ids=b"", probe_logprobs=b""
-        )
+        manifest = wire.Manifest(version=version, publishers=(), size_bytes=1, probe_token_ids=b"", probe_logprobs=b"")
         await self._client.ask(wire.Publish(manifest=manifest), wire.Done, deadline_s=WAIT_S)
         self.published = version
 

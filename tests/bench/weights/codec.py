@@ -18,7 +18,7 @@ from common.versions import Version
 from common.weights.delta import Delta, apply_delta, encode_delta
 from common.weights.parts import WORDS, DType, Part, part_header
 from tests.bench.report import Figure
-from tests.bench.weights.synthetic import SHAPES, Model, bfloat16
+from tests.bench.weights.synthetic import MIXTURE, NUM_EXPERTS, SHAPES, Model, bfloat16, is_touched
 
 UPDATES, RATES = (1, 4, 8), (1e-6, 1e-5)
 REPEATS = 3
@@ -26,6 +26,7 @@ PEERS = "NeMo-RL 1.06 % of full at 0.33 GB/s, slime 1.7 % at 0.41 GB/s (1.2 % ch
 _PEERS_NAME = "1 update at 1e-06"
 _SMALL = {f"small.{i}": (2, 1024) for i in range(20_000)}
 _FLOATS = {f"layer.{i}": (4096, 4096) for i in range(4)}
+MIXTURE_NAME = f"a mixture of {NUM_EXPERTS} experts of which a tenth is touched"
 _BASE, _NEW = Version(0, 0), Version(0, 1)
 
 
@@ -38,6 +39,7 @@ class Measured:
         changed: Share of its elements.
         share: Bytes of the delta, of the part's.
         bound: Entropy of positions (in each tensor) and of differences (of all), of the part's bytes.
+        loose_bound: The same where each element of the part changes with the same probability.
         encode: Bytes of the part a second, by number of threads.
         decode: The same, for patching and checking.
     """
@@ -46,6 +48,7 @@ class Measured:
     changed: float
     share: float
     bound: float
+    loose_bound: float
     encode: dict[int, float]
     decode: dict[int, float]
 
@@ -58,6 +61,7 @@ def run() -> list[Figure]:
             Figure(f"{m.name}: elements that change", 100 * m.changed, "%"),
             Figure(f"{m.name}: bytes of the delta", 100 * m.share, "% of full", PEERS if m.name == _PEERS_NAME else ""),
             Figure(f"{m.name}: of the entropy of positions and values", m.share / m.bound, "x"),
+            Figure(f"{m.name}: of that with positions anywhere alike", m.share / m.loose_bound, "x"),
         ]
         for what, rates in (("encode", m.encode), ("decode", m.decode)):
             figures += [
@@ -82,6 +86,9 @@ def measure() -> Iterator[Measured]:
         ):
             base, new = (model.write(at / w, shapes, n, 1e-6, dtype) for w, n in (("base", 0), ("new", 4)))
             yield _measure(name, base, new)
+        base = model.write(at / "base", MIXTURE, 0, 0.0, "BF16")
+        new = model.write(at / "new", MIXTURE, 1, 1e-6, "BF16", is_touched)
+        yield _measure(f"{MIXTURE_NAME}: 1 update at 1e-6", base, new)
         yield from _tiny(at)
 
 
@@ -102,21 +109,25 @@ def _measure(name: str, base: Part, new: Part) -> Measured:
             seconds.append((encoded, time.perf_counter() - began))
         encode[num_threads], decode[num_threads] = (full_bytes / min(times) for times in zip(*seconds, strict=True))
     changed = report.num_changed / report.num_elements
-    return Measured(name, changed, report.size_bytes / full_bytes, _bound(base, new) / full_bytes, encode, decode)
+    bounds = (bound / full_bytes for bound in _bounds(base, new))
+    return Measured(name, changed, report.size_bytes / full_bytes, *bounds, encode, decode)
 
 
-def _bound(base: Part, new: Part) -> float:
-    """Bytes: which elements of a tensor change, if each does with the same probability, and by how many units."""
+def _bounds(base: Part, new: Part) -> tuple[float, float]:
+    """Bytes: which elements of a tensor, or of the part, change, if each does alike, and by how many units."""
     bits = 0.0
+    num_changed_of_all = num_of_all = 0
     differences: list[NDArray[np.uint32]] = []
     for name in new.entries:
         old, words = base.words(name), new.words(name)
         changed = words != old
         num_changed = np.count_nonzero(changed)
         bits += _entropy(np.array([num_changed, words.size - num_changed]))
+        num_changed_of_all, num_of_all = num_changed_of_all + num_changed, num_of_all + words.size
         differences.append((words[changed] - old[changed]).astype(np.uint32))
     _, counts = np.unique(np.concatenate(differences), return_counts=True)
-    return (bits + _entropy(counts)) / 8
+    values, loose = _entropy(counts), _entropy(np.array([num_changed_of_all, num_of_all - num_changed_of_all]))
+    return (bits + values) / 8, (loose + values) / 8
 
 
 def _entropy(counts: NDArray[np.int64]) -> float:

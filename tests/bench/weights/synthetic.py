@@ -1,6 +1,6 @@
-"""A bfloat16 model of 1 GiB and what Adam makes of it: the tensors of Qwen3-0.6B with 24 layers."""
+"""Synthetic bfloat16 models and what Adam makes of them: Qwen3-0.6B with 24 layers (1 GiB), a mixture of experts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,13 @@ from common.weights.parts import DType, Part, part_header
 
 Floats = NDArray[np.float32]
 HIDDEN, LAYERS = 1024, 24
+
+
+def _layer(name: str) -> int:
+    """The layer of a tensor; -1 where it is outside of them."""
+    return int(name.split(".")[2]) if ".layers." in name else -1
+
+
 _PER_LAYER = {
     "self_attn.q_proj": (2048, HIDDEN),
     "self_attn.k_proj": (1024, HIDDEN),
@@ -23,6 +30,21 @@ _PER_LAYER = {
 }
 SHAPES = {"model.embed_tokens.weight": (151_936, HIDDEN)} | {
     f"model.layers.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in _PER_LAYER.items()
+}
+NUM_EXPERTS, TOUCHED = 64, 1 / 10  # of the mixture's experts, an update touches a tenth
+_MIXTURE_LAYERS, _EXPERT_SIZE = 6, 384
+EXPERTS = {
+    f"model.layers.{i}.mlp.experts.{expert}.{name}.weight": shape
+    for i in range(_MIXTURE_LAYERS)
+    for expert in range(NUM_EXPERTS)
+    for name, shape in (
+        ("gate_proj", (_EXPERT_SIZE, HIDDEN)),
+        ("up_proj", (_EXPERT_SIZE, HIDDEN)),
+        ("down_proj", (HIDDEN, _EXPERT_SIZE)),
+    )
+}
+MIXTURE = EXPERTS | {
+    name: shape for name, shape in SHAPES.items() if ".mlp." not in name and _layer(name) < _MIXTURE_LAYERS
 }
 _POOL = 1 << 24  # drawn once; each tensor is a piece of it from a place of its own, repeated
 _CHUNK = 1 << 20
@@ -40,13 +62,21 @@ class Model:
         self._normal = random.standard_normal(_POOL, dtype=np.float32)
         self._moved = _adam(random, updates)
 
-    def write(self, path: Path, shapes: dict[str, tuple[int, ...]], updates: int, lr: float, dtype: DType) -> Part:
-        """Writes the part of these tensors after some updates, or before them (0)."""
+    def write(
+        self,
+        path: Path,
+        shapes: dict[str, tuple[int, ...]],
+        updates: int,
+        lr: float,
+        dtype: DType,
+        is_touched: Callable[[str], bool] = lambda _: True,
+    ) -> Part:
+        """Writes the part of these tensors after some updates, or before them (0); those not touched are as before."""
         header, entries = part_header([(name, dtype, shape) for name, shape in shapes.items()])
         with path.open("wb") as file:
             file.write(header)
             for number, entry in enumerate(entries):
-                for words in self._words(number, entry.shape, updates, lr, dtype):
+                for words in self._words(number, entry.shape, updates * is_touched(entry.name), lr, dtype):
                     file.write(words.data)
         return Part.open(path)
 
@@ -65,6 +95,11 @@ class Model:
                 master -= np.float32(lr) * self._moved[updates][at : at + num]
             at += num
             yield bfloat16(master) if dtype == "BF16" else master.view(np.uint32)
+
+
+def is_touched(name: str) -> bool:
+    """Whether an update changes a tensor of the mixture: all but those of nine in ten experts."""
+    return name not in EXPERTS or int(name.split(".")[5]) % round(1 / TOUCHED) == _layer(name) % round(1 / TOUCHED)
 
 
 def bfloat16(values: Floats) -> NDArray[np.uint16]:
