@@ -59,8 +59,8 @@ def test_a_learner_that_is_killed_trains_the_very_groups_again_and_knows_their_p
     start_run: Callable[..., Run], report: Report
 ) -> None:
     run = start_run(*SHORT, "learner.checkpoint_every=6", "learner.keep_checkpoints=50", "max_staleness=8")
-    run.wait_for_step(8)
-    run.wait_until((run.directory / "checkpoints" / "step-000006" / "version.json").exists, "a checkpoint")
+    run.wait_for_step(7)
+    run.wait_until(lambda: _has_outlived_a_checkpoint(run), "groups of weights that the kill undoes")
     killed_at = run.kill("learner")
     before = trained(run.directory)
     run.wait_for_recovery(killed_at)
@@ -106,6 +106,14 @@ def _lineage(visit: Visit) -> int:
     """Of the step that trained it."""
     assert visit.step is not None
     return visit.step.lineage
+
+
+def _has_outlived_a_checkpoint(run: Run) -> bool:
+    """Whether steps were trained since the newest checkpoint, and groups sampled by weights that they made."""
+    found = run.directory.glob("checkpoints/step-*/version.json")
+    newest = max((int(path.parent.name.removeprefix("step-")) for path in found), default=1000)
+    stored = (visit for visit in visits(run.directory) if visit.state in (VisitState.SCORED, VisitState.TRAINED))
+    return any(version.number > newest for visit in stored for version in visit.versions)
 
 
 def _were_served(run: Run, undone: list[Visit]) -> bool:
