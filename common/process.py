@@ -16,6 +16,7 @@ from common import wire
 from common.errors import SluiceError
 from common.log import logger, start_logging
 
+LIVED_WELL_S = 600.0  # a process that lived so long has all its restarts again
 _PR_SET_PDEATHSIG = 1
 
 

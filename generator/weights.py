@@ -80,11 +80,12 @@ class Weights:
             if manifest is None or manifest.version == self._engine.version:
                 await self._changed.wait()
                 continue
+            began = clock()
             try:
                 brought = await self._bring(manifest)
             except (RefusedError, DeadlineError, WeightsError) as error:
                 self.num_failed += 1
-                failing_since = clock() if failing_since is None else failing_since
+                failing_since = began if failing_since is None else failing_since
                 if clock() - failing_since > self._deadline_s:
                     raise
                 logger().warning("pull_failed", new_version=str(manifest.version), reason=str(error))

@@ -161,6 +161,12 @@ def published_copies(config: Config) -> float:
     return config.weights.retention + 2 + assumed_delta(config).bytes_share
 
 
+def anchor_interval(config: Config) -> int:
+    """How many versions there are from one that is kept whole to the next."""
+    room = (config.weights.retention - 2) / assumed_delta(config).bytes_share
+    return min(config.weights.anchor_every, int(room) + 1)
+
+
 def pulled_copies(config: Config) -> float:
     """How many times the weights are in the memory of a generator: its copy, and a delta on its way."""
     return 1 + assumed_delta(config).bytes_share

@@ -7,6 +7,7 @@ from common.hardware import GIB
 from common.shape import ModelShape
 from launch.estimate import (
     RESERVE_BYTES,
+    anchor_interval,
     assumed_delta,
     checkpoint_bytes,
     engine_memory,
@@ -153,11 +154,13 @@ def _update_lines(config: Config, shape: ModelShape) -> list[str]:
     size_bytes, weights, count = update_bytes(config, shape), config.weights, config.generator.count
     changed_share, bytes_share = assumed_delta(config)
     pullers = f"{count} generator{'s' if count > 1 else ''}"
+    interval = anchor_interval(config)
+    kept = "each version" if interval == 1 else f"one version in {interval:,}"
     published, pulled = (readable(copies(config) * size_bytes) for copies in (published_copies, pulled_copies))
     return [
         f"bytes per weight update: {readable(bytes_share * size_bytes)} to each of {pullers}, where "
         f"{changed_share:.1%} of the elements change; the whole model, {readable(size_bytes)}, to one that joins",
-        f"  every {weights.anchor_every:,} versions one is kept whole; with the newest and the one in the making the "
+        f"  {kept} is kept whole; with the newest and the one in the making the "
         f"learner has {published} in {weights.dir}, and each generator {pulled}",
     ]
 

@@ -15,13 +15,13 @@ from typing import NamedTuple
 from common.errors import RunDirectoryError, SluiceError
 from common.files import one_line
 from common.log import logger
+from common.process import LIVED_WELL_S
 from launch.output import last_words
 from launch.plan import FREE_PORT, REPOSITORY, STOP_ORDER, ProcessPlan
 from launch.run_directory import check_space
 
 FINAL_EXIT_CODES = (2, 3, 4)
 _LONGEST_BACK_OFF_S = 30.0
-_LIVED_WELL_S = 600.0
 _KILL_TIMEOUT_S = 10.0
 
 
@@ -121,7 +121,7 @@ class Supervisor:
             if not child.wanted or (child.plan.role == "learner" and ended.code == 0):
                 return
             self._check_end(child, ended)
-            if self._clock() - began >= _LIVED_WELL_S:
+            if self._clock() - began >= LIVED_WELL_S:
                 num_restarts = 0
             if num_restarts == self._max_restarts:
                 raise ProcessError(

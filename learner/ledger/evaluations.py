@@ -43,7 +43,7 @@ class EvaluationVisit(Leasable):
     Attributes:
         source: Name of its set.
         version: That the evaluation is of.
-        asked_at: Wall-clock seconds since the epoch.
+        asked_at: Wall-clock seconds since the epoch; infinite until engines can have the version.
         result: None until it is in.
     """
 
@@ -106,7 +106,10 @@ class Evaluations:
         return changes
 
     def ask(self, version: Version, now: float) -> None:
-        """Begins an evaluation of `version` on all sets; nothing where there was one before."""
+        """Begins an evaluation of `version` on all sets; nothing where there was one before.
+
+        `now` is infinite where the version is not published yet: until it is, older engines do not get it.
+        """
         asked = {visit.version for visit in self._visits.values()} | {e.version for e in self.finished}
         if version in asked:
             return
@@ -116,6 +119,13 @@ class Evaluations:
             self._changes.visits.append(visit)
             self._missing[version] += 1
             self._next -= 1
+
+    def published(self, version: Version, now: float) -> None:
+        """Engines can have a version from now on."""
+        for visit in self._visits.values():
+            if visit.result is None and visit.version <= version and math.isinf(visit.asked_at):
+                visit.asked_at = now
+                self._changes.visits.append(visit)
 
     def abandon(self, keep: Iterable[Version]) -> None:
         """Drops what is pending of versions that are not in `keep`: the learner has left their path."""

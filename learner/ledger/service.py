@@ -1,6 +1,7 @@
 """The ledger's answers: each request becomes one call of the state machine, stored before it is answered."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -248,6 +249,7 @@ class LedgerService:
         if self.keeper.manifest is None or manifest.version >= self.keeper.manifest.version:
             with self.keeper.stored():
                 self.keeper.store.save_manifest(manifest)
+                self.keeper.evaluations.published(manifest.version, self.keeper.clock())
             self.keeper.manifest = manifest
             self.keeper.revise()
             self.leases.send_off()
@@ -264,8 +266,10 @@ class LedgerService:
             raise RefusedError(
                 f"found an evaluation of {evaluate.version}, expected one up to {self.keeper.ledger.track.current}"
             )
+        manifest = self.keeper.manifest
+        is_published = manifest is not None and manifest.version >= evaluate.version
         with self.keeper.stored():
-            self.keeper.evaluations.ask(evaluate.version, self.keeper.clock())
+            self.keeper.evaluations.ask(evaluate.version, self.keeper.clock() if is_published else math.inf)
         return wire.Done()
 
     async def _finish(self, finish: wire.Finish) -> wire.Finished:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -11,6 +12,7 @@ import msgspec
 
 from common.errors import DeadlineError, WeightsError
 from common.log import logger
+from common.process import LIVED_WELL_S
 from common.versions import Version
 from learner.publisher.reports import Encode, Encoded, Listening
 
@@ -22,8 +24,8 @@ _Process = subprocess.Popen[bytes]
 class PublisherLink:
     """Starts the publisher of a part, tells it of versions, and hears when they are encoded.
 
-    A publisher that dies is started again, `run.max_restarts` times, at the same port; it then has the newest version
-    alone, as an anchor.
+    A publisher that dies is started again at the same port, `run.max_restarts` times, counted anew where it lived for
+    ten minutes; it then has the newest version alone, as an anchor.
 
     Attributes:
         endpoint: Where it listens.
@@ -45,7 +47,8 @@ class PublisherLink:
         self._encoded: Encoded | None = None
         self._is_dead = False
         self.endpoint = ""
-        Thread(target=self._keep, name=f"publisher-{part}", daemon=True).start()
+        keep = copy_context().run  # with what the log is bound to
+        Thread(target=keep, args=(self._keep,), name=f"publisher-{part}", daemon=True).start()
         self._wait(lambda: bool(self.endpoint), "listen")
 
     def encode(self, version: Version, path: Path) -> None:
@@ -89,12 +92,15 @@ class PublisherLink:
         """Starts the publisher as often as it may end; this thread is the one that it dies with."""
         num_left = self._max_restarts
         while (process := self._start()) is not None:
+            began = time.monotonic()
             assert process.stdout is not None
             for line in process.stdout:
                 self._hear(msgspec.json.decode(line, type=Listening | Encoded))
             exit_code = process.wait()
             if self._is_closing:
                 continue
+            if time.monotonic() - began >= LIVED_WELL_S:
+                num_left = self._max_restarts
             logger().warning("publisher_ended", part=self._part, exit_code=exit_code, num_restarts_left=num_left)
             if num_left == 0:
                 with self._changed:

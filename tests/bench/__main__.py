@@ -27,6 +27,11 @@ BENCHMARKS = (
 )
 
 
+def _named(name: str) -> list[str]:
+    """The benchmark of a name, or all of a group."""
+    return [each for each in BENCHMARKS if each == name or each.startswith(f"{name}.")] or [name]
+
+
 def main() -> None:
     """Runs what the command line names."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
@@ -36,7 +41,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="write a page of the figures")
     arguments = parser.parse_args()
     results: dict[str, list[Figure]] = {}
-    for name in BENCHMARKS if arguments.all else arguments.names:
+    wanted = BENCHMARKS if arguments.all else [each for name in arguments.names for each in _named(name)]
+    for name in wanted:
         results[name] = importlib.import_module(f"tests.bench.{name}").run()
         if not arguments.json:
             print(table(name, results[name]))

@@ -109,6 +109,7 @@ PLANS = {
         "  node 0: optimizer state 227.58 GiB + a checkpoint under way 341.37 GiB + published weights 257.17 GiB = "
         "826.11 GiB of 1024.00 GiB",
         "  node 1: pulled weights 116.24 GiB = 116.24 GiB of 1024.00 GiB",
+        "  one version in 16 is kept whole; ",
         "bytes per weight update: 1.25 GiB to each of 2 generators, where 3.6% of the elements change; "
         "the whole model, 56.87 GiB, to one that joins",
         "the learner has 257.17 GiB in /dev/shm, and each generator 58.12 GiB",
@@ -145,6 +146,7 @@ PLANS = {
         "  rank 7: data 7, expert 7",
         "  rank 0-7, 215,808 parameters:",
         "    KV cache       64.00 MiB  65,536 tokens: 819 of the longest sequences",
+        "  each version is kept whole; with the newest and the one in the making ",
         "the learner has 17.52 MiB in /dev/shm, and each generator 5.45 MiB",
     ),
 }

@@ -60,6 +60,20 @@ def test_an_older_engine_is_asked_only_after_a_while() -> None:
     assert len(evaluations.grant("g", V[1], 10, now=11.0)) == 2
 
 
+def test_an_older_engine_waits_for_a_version_that_is_not_published_yet() -> None:
+    evaluations = make_evaluations()
+    evaluations.ask(V[2], now=math.inf)
+    evaluations.drain()
+    evaluations.published(V[1], now=50.0)
+    assert evaluations.grant("g", V[1], 10, now=99.0) == []
+    assert not evaluations.drain()
+    evaluations.published(V[2], now=100.0)
+    assert [visit.asked_at for visit in evaluations.drain().visits] == [100.0] * 3
+    assert evaluations.grant("g", V[1], 10, now=109.0) == []
+    assert len(evaluations.grant("g", V[2], 1, now=109.0)) == 1
+    assert len(evaluations.grant("g", V[1], 10, now=111.0)) == 2
+
+
 def test_a_lost_lease_is_granted_again_and_its_late_result_refused(make_group: MakeGroup) -> None:
     evaluations = make_evaluations()
     evaluations.ask(V[0], now=0.0)
