@@ -166,14 +166,8 @@ class Engine:
     async def load(self, directory: Path, version: Version) -> float:
         """Swaps the weights in place: requests in flight pause, and go on under the new version.
 
-        Once begun, it goes on to its end where the task that asks for it is cancelled.
-
-        Args:
-            directory: Of the weights, in Hugging Face format.
-            version: The version that they are.
-
-        Returns:
-            Seconds of the pause.
+        `directory` has the weights of `version`, in Hugging Face format. Once begun, it goes on to its end where the
+        task that asks for it is cancelled. Returns the seconds of the pause.
 
         Raises:
             EngineError: The engine could not load them; what it holds now is unknown.

@@ -14,7 +14,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from common.errors import WeightsError
-from common.files import write_atomically
 from common.versions import Version
 from common.weights.work import in_order
 
@@ -159,32 +158,6 @@ def part_sums(part: Part, *, num_threads: int = 1) -> dict[str, int]:
         return [(entry.name, tensor_sum(part.words(entry.name))) for entry in group]
 
     return dict(pair for pairs in in_order(sums, groups(part.entries.values()), num_threads) for pair in pairs)
-
-
-def write_sums(part: Part, path: Path, *, num_threads: int = 1) -> dict[str, int]:
-    """Writes the checksum of each tensor beside a part, and returns them.
-
-    Raises:
-        RunDirectoryError: There is no room.
-    """
-    sums = part_sums(part, num_threads=num_threads)
-    write_atomically(path, msgspec.json.encode({name: f"{value:016x}" for name, value in sums.items()}))
-    return sums
-
-
-def read_sums(path: Path) -> dict[str, int]:
-    """What `write_sums` wrote.
-
-    Raises:
-        WeightsError: It cannot be read, or is something else.
-    """
-    try:
-        texts = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
-        return {name: int(text, 16) for name, text in texts.items()}
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-        raise WeightsError(f"{path}: found no checksums, expected a JSON object of them: {error}") from error
 
 
 def check_sums(part: Part, sums: Mapping[str, int], version: Version, *, num_threads: int = 1) -> None:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from common import wire
 from common.errors import DeadlineError, RefusedError, WeightsError, WireError
+from common.log import logger
 from common.process import first_error
 from common.rendezvous import RunKeys
 from common.transport import Client
@@ -121,6 +122,7 @@ class Puller:
             if partial.put(index, chunk.data):
                 return
             self.num_damaged += 1
+            logger().warning("chunk_damaged", file=str(key), chunk=index, publisher=publisher)
         raise WeightsError(
             f"{key}: chunk {index} from {publisher}: found other bytes than were published in {NUM_TRIES} tries, "
             f"expected {partial.content.chunk_bytes(index)} of checksum {partial.content.chunk_sums()[index]:016x}"

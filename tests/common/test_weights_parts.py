@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from common.errors import WeightsError
 from common.versions import Version
-from common.weights.parts import Part, check_sums, part_header, read_sums, tensor_sum, write_sums
+from common.weights.parts import Part, check_sums, part_header, part_sums, tensor_sum
 from tests.clocks import PATIENCE_S
 
 VERSION = Version(0, 7)
@@ -121,8 +121,8 @@ def test_garbage_is_no_part(tmp_path_factory: pytest.TempPathFactory, garbage: b
 
 def test_checksums_find_a_bit_and_name_version_and_tensor(tmp_path: Path) -> None:
     with Part.open(two_tensors(tmp_path / "part"), writable=True) as part:
-        assert write_sums(part, tmp_path / "sums") == {name: tensor_sum(part.words(name)) for name in part.entries}
-        sums = read_sums(tmp_path / "sums")
+        sums = part_sums(part)
+        assert sums == {name: tensor_sum(part.words(name)) for name in part.entries}
         check_sums(part, sums, VERSION)
         with pytest.raises(WeightsError, match=r"version 0\.7: tensor b is not in the checksums"):
             check_sums(part, {"a": sums["a"]}, VERSION)
@@ -135,13 +135,6 @@ def test_checksums_find_a_bit_and_name_version_and_tensor(tmp_path: Path) -> Non
 
 def test_the_checksum_is_xxh3_of_the_bytes() -> None:
     assert tensor_sum(np.zeros(0, np.uint16)) == 0x2D06800538D394C2  # xxHash's own test vector
-
-
-@pytest.mark.parametrize("text", [b"", b"[]", b'{"a": 1}', b'{"a": "xyz"}', b"\xff"])
-def test_what_are_no_checksums_is_said(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / "sums").write_bytes(text)
-    with pytest.raises(WeightsError, match="sums: found no checksums"):
-        read_sums(tmp_path / "sums")
 
 
 def test_weights_are_handled_without_torch() -> None:

@@ -23,6 +23,7 @@ from common.sections import RunConfig, WeightsConfig
 from common.versions import Version
 from generator.weights_copy import Brought, WeightsCopy
 from learner.publish import Publisher
+from learner.publisher.link import PublisherLink
 from learner.ranks import Ranks
 from learner.record import Stopwatch
 from tests.clocks import PATIENCE_S
@@ -62,6 +63,13 @@ class Rank:
             yield from tensors.items()
 
         self.publisher.publish(Version(0, number), export, logprobs, self.watch)
+
+    def publish_first(self) -> PublisherLink:
+        """Publishes a version and waits until it is announced; returns the link to the publisher of this rank."""
+        self.publish(0)
+        self.publisher.finish()
+        assert self.publisher._link is not None
+        return self.publisher._link
 
 
 def make(directory: Path, memory: Path | None = None, host: str = "127.0.0.1", **run: Any) -> Path:
@@ -128,10 +136,7 @@ def test_a_rank_that_stops_encoding_is_named_and_its_version_stays_invisible(tmp
 
 def _stop_encoding(directory: Path) -> None:
     rank = Rank(directory / "run")
-    rank.publish(0)
-    rank.publisher.finish()
-    link = rank.publisher._link
-    assert link is not None
+    link = rank.publish_first()
     assert link._process is not None
     if rank.ranks.rank == 1:
         os.kill(link._process.pid, signal.SIGSTOP)
@@ -150,10 +155,7 @@ def _stop_encoding(directory: Path) -> None:
 def test_a_publisher_that_is_killed_while_it_encodes_is_told_again(tmp_path: Path) -> None:
     rank = Rank(make(tmp_path))
     with closing(rank.publisher):
-        rank.publish(0)
-        rank.publisher.finish()
-        link = rank.publisher._link
-        assert link is not None
+        link = rank.publish_first()
         assert link._process is not None
         endpoint = link.endpoint
         os.kill(link._process.pid, signal.SIGSTOP)  # it does not get to what it is told now
@@ -189,10 +191,7 @@ def test_a_publisher_that_dies_too_often_ends_its_rank_in_one_line(tmp_path: Pat
     run_dir = make(tmp_path, max_restarts=0)
     rank = Rank(run_dir)
     with closing(rank.publisher):
-        rank.publish(0)
-        rank.publisher.finish()
-        link = rank.publisher._link
-        assert link is not None
+        link = rank.publish_first()
         assert link._process is not None
         link._process.kill()
         rank.publish(1)
