@@ -42,23 +42,11 @@ _ALL_FROM = 1 / 2
 _PLANES_FROM = 3 / 4
 
 
-class Changes(NamedTuple):
-    """What changed in a run of words.
-
-    Attributes:
-        positions: Where, ascending.
-        differences: The new word less the old one, modulo 2**16 (bfloat16) or 2**32 (float32); never 0.
-    """
-
-    positions: NDArray[np.int64]
-    differences: Words
-
-
 class Block(NamedTuple):
     """What changed in a run of words, by rows of 64 bits.
 
     Attributes:
-        num_words: Of the run; the last row may stand for fewer words than the others.
+        num_words: Length of the run; the last row may stand for fewer words than the others.
         rows: Which ones have a change, ascending; all, where it is None.
         differences: New less old of each word in these rows, modulo the words' range.
     """
@@ -90,20 +78,9 @@ class Block(NamedTuple):
         if not np.may_share_memory(held, words):
             words[:] = held.view(words.dtype)[: words.size]
 
-    def changes(self) -> Changes:
-        """The words that changed."""
-        inside = indices(self.differences != 0)
-        differences = self.differences[inside]
-        if self.rows is None:
-            return Changes(inside, differences)
-        row_words = ROW_BYTES // differences.itemsize
-        return Changes(self.rows[inside // row_words] * row_words + inside % row_words, differences)
-
-    def num_changed(self, starts: list[int]) -> list[int]:
-        """How many words changed in each piece of the run that begins at one of these words."""
-        if len(starts) == 1:
-            return [int(np.count_nonzero(self.differences))]
-        return np.diff(np.searchsorted(self.changes().positions, [*starts, self.num_words])).tolist()
+    def num_changed(self) -> int:
+        """How many words changed."""
+        return int(np.count_nonzero(self.differences))
 
     def encode(self) -> bytes:
         """The block as bytes; none where nothing changed."""

@@ -9,7 +9,6 @@ The head is behind the blocks, because it is known last; the prefix is written a
 
 import mmap
 import struct
-from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -21,7 +20,7 @@ import xxhash
 from common.errors import WeightsError
 from common.files import whole_file
 from common.versions import Version
-from common.weights.blocks import Block, Changes
+from common.weights.blocks import Block
 from common.weights.parts import GROUP_BYTES, WORDS, Part, TensorEntry, Word, Words, check_sums, groups, part_sums
 from common.weights.streams import pack, unpack
 from common.weights.work import in_order
@@ -34,8 +33,8 @@ class DeltaReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a delta came to.
 
     Attributes:
-        size_bytes: Of its file.
-        full_bytes: Of the part's tensors.
+        size_bytes: Size of its file.
+        full_bytes: Size of the part's tensors.
         num_changed: Elements that differ.
         num_elements: Elements of the part.
     """
@@ -47,13 +46,12 @@ class DeltaReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Head(msgspec.Struct, frozen=True, array_like=True):
-    """What a delta says of itself; `sums` and `num_changed` go with `entries`."""
+    """What a delta says of itself; `sums` go with `entries`."""
 
     base_version: Version
     version: Version
     entries: list[TensorEntry]
     sums: list[int]
-    num_changed: list[int]
     block_sizes: list[int]
     block_sums: list[int]
 
@@ -89,26 +87,24 @@ def encode_delta(
     if base.entries != new.entries:
         raise WeightsError(f"{new.path}: version {version}: found other tensors than {base.path} of {base_version} has")
 
-    def encode(span: _Span) -> tuple[bytes, list[int]]:
+    def encode(span: _Span) -> tuple[bytes, int]:
         block = Block.between(span.words(base), span.words(new))
-        starts = [(max(e.start, span.start) - span.start) // span.word.itemsize for e in span.entries]
-        return block.encode(), block.num_changed(starts)
+        return block.encode(), block.num_changed()
 
     entries = list(new.entries.values())
     spans = _spans(entries)
-    num_changed = dict.fromkeys(new.entries, 0)
+    num_changed = 0
     sizes: list[int] = []
     sums: list[int] = []
     with whole_file(target) as file:
         file.write(bytes(_PREFIX.size))
-        for span, (data, counts) in zip(spans, in_order(encode, spans, num_threads), strict=True):
+        for data, count in in_order(encode, spans, num_threads):
             file.write(data)
             sizes.append(len(data))
             sums.append(xxhash.xxh3_64_intdigest(data))
-            for entry, count in zip(span.entries, counts, strict=True):
-                num_changed[entry.name] += count
+            num_changed += count
         results = part_sums(new, num_threads=num_threads)
-        head = _Head(base_version, version, entries, list(results.values()), list(num_changed.values()), sizes, sums)
+        head = _Head(base_version, version, entries, list(results.values()), sizes, sums)
         offset, coded = file.tell(), pack([np.frombuffer(msgspec.msgpack.encode(head), np.uint8)])
         file.write(coded)
         size_bytes = file.tell()
@@ -117,7 +113,7 @@ def encode_delta(
     return DeltaReport(
         size_bytes=size_bytes,
         full_bytes=new.size_bytes,
-        num_changed=sum(num_changed.values()),
+        num_changed=num_changed,
         num_elements=sum((e.end - e.start) // WORDS[e.dtype].itemsize for e in entries),
     )
 
@@ -131,14 +127,10 @@ class Delta:
         self.version = head.version
         self.entries = {entry.name: entry for entry in head.entries}
         self.sums = {entry.name: value for entry, value in zip(head.entries, head.sums, strict=True)}
-        self.num_changed = {e.name: count for e, count in zip(head.entries, head.num_changed, strict=True)}
-        self.names = [name for name, count in self.num_changed.items() if count]
         self._spans = _spans(head.entries)
         self._sizes, self._sums = head.block_sizes, head.block_sums
         self._offsets = list(accumulate(head.block_sizes, initial=_PREFIX.size))
-        self._starts = [span.start for span in self._spans]
         self._data = data
-        self._last = (-1, Changes(np.empty(0, np.int64), np.empty(0, np.uint16)))
 
     @property
     def num_blocks(self) -> int:
@@ -161,30 +153,6 @@ class Delta:
             raise WeightsError(f"{path}: found an empty file, expected a delta") from error
         return cls(path, _read_head(path, data), data)
 
-    def changes(self, name: str) -> Changes:
-        """Where a tensor changed, flat, and by how much: `words[positions] += differences` makes the new one.
-
-        Tensors are best asked for in the order of `names`: neighbours share a block, and the last one is kept.
-
-        Raises:
-            WeightsError: The file is damaged.
-        """
-        entry = self.entries[name]
-        item = WORDS[entry.dtype].itemsize
-        found: list[Changes] = []
-        first = max(0, bisect_right(self._starts, entry.start) - 1)
-        for index in range(first, len(self._spans)):
-            span = self._spans[index]
-            if span.start >= entry.end:
-                break
-            positions, differences = self._changes(index)
-            low, high = ((edge - span.start) // item for edge in (entry.start, entry.end))
-            inside = slice(*np.searchsorted(positions, [low, high]))
-            found.append(Changes(positions[inside] - low, differences[inside]))
-        if not found:
-            return Changes(np.empty(0, np.int64), np.empty(0, WORDS[entry.dtype]))
-        return Changes(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
-
     def patch(self, part: Part, index: int) -> None:
         """Makes the new words of one block in place; different blocks may be patched by different threads.
 
@@ -203,13 +171,6 @@ class Delta:
             return Block.decode(data, span.word, (span.end - span.start) // span.word.itemsize)
         except ValueError as error:
             raise WeightsError(f"{at}: found a malformed block: {error}") from error
-
-    def _changes(self, index: int) -> Changes:
-        kept, changes = self._last
-        if kept != index:
-            changes = self._block(index).changes()
-            self._last = (index, changes)
-        return changes
 
 
 def apply_delta(part: Part, delta: Delta, *, num_threads: int = 1) -> None:

@@ -31,7 +31,7 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         name: As in the Hugging Face directory.
         dtype: As safetensors writes it.
-        shape: Of the tensor.
+        shape: Shape of the tensor.
         start: First byte within the data, which follows the header.
         end: Byte behind the last.
     """
