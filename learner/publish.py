@@ -27,12 +27,6 @@ _END_S = 10.0
 Export = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
-class _Written(msgspec.Struct, frozen=True):
-    """What a rank says of its snapshot."""
-
-    error: str
-
-
 class _Ready(msgspec.Struct, frozen=True):
     """What a rank says of its part.
 
@@ -62,12 +56,15 @@ class Publisher:
         ranks: Ranks,
         announce: Callable[[wire.Manifest], None],
     ) -> None:
-        """`announce` is called on the first rank, in another thread. All ranks make all calls in the same order."""
+        """`announce` is called on the first rank, in another thread. All ranks make all calls in the same order.
+
+        Raises:
+            RunDirectoryError: The memory-backed storage of a rank cannot be written, as all ranks hear.
+        """
         self._run_dir, self._ranks, self._announce = run_dir, ranks, announce
         self._deadline_s, self._max_restarts = config.run.stall_timeout_s, config.run.max_restarts
-        self._parent = Path(config.weights.dir)
-        self._writer, self._group = PartWriter(), ranks.new_group()
-        self._directory: MemoryDirectory | None = None
+        self._directory, self._writer = _memory_of(ranks, Path(config.weights.dir)), PartWriter()
+        self._group = ranks.new_group()
         self._link: PublisherLink | None = None
         self._version = Version(0, 0)
         self._announced: Future[None] | None = None
@@ -89,13 +86,17 @@ class Publisher:
 
         Raises:
             RunDirectoryError: The memory-backed storage of a rank is full, as all ranks hear.
-            DeadlineError: A rank does not say in time whether it has encoded the version before.
-            WeightsError: The part of a rank cannot be encoded, as all ranks hear.
+            DeadlineError: A rank does not say in time whether it has encoded the version before, or the publisher of
+                one does not start in time.
+            WeightsError: The part of a rank cannot be encoded, or its publisher does not start, as all ranks hear.
         """
         with watch("encode_wait"):
             self.finish()
         with watch("snapshot"):
-            self._write(version, lambda: watch.each("export", export()))
+            path = self._directory.path / f"{version}.safetensors"
+            self._ranks.raise_together(self._write(path, lambda: watch.each("export", export())))
+        if self._link is not None:
+            self._link.encode(version, path)
         with watch("probe"):
             probed = logprobs(self._probe)[1:].float().cpu().numpy()
         self._version, self._announced = version, (announced := Future[None]())
@@ -148,32 +149,33 @@ class Publisher:
             wait([self._announced], _END_S)
         if self._link is not None:
             self._link.close()
-        if self._directory is not None:
-            self._directory.remove()
+        self._directory.remove()
 
-    def _write(self, version: Version, export: Export) -> None:
-        if self._directory is None:
-            self._directory = MemoryDirectory.make(self._parent, f"learner-{self._ranks.rank}")
-        path = self._directory.path / f"{version}.safetensors"
-        error = self._writer.write(export, path)
-        told = self._ranks.gather(msgspec.msgpack.encode(_Written(error)))
-        if error := next((each for data in told if (each := msgspec.msgpack.decode(data, type=_Written).error)), ""):
-            raise RunDirectoryError(error)
-        if self._writer.size_bytes:
-            if self._link is None:
-                directory, rank = self._directory.path, self._ranks.rank
+    def _write(self, path: Path, export: Export) -> SluiceError | None:
+        """Writes the part, and starts its publisher where there is none; returns what failed."""
+        try:
+            self._writer.write(export, path)
+            if self._writer.size_bytes and self._link is None:
                 self._link = PublisherLink(
-                    self._run_dir, directory, rank, deadline_s=self._deadline_s, max_restarts=self._max_restarts
+                    self._run_dir,
+                    self._directory.path,
+                    self._ranks.rank,
+                    deadline_s=self._deadline_s,
+                    max_restarts=self._max_restarts,
                 )
-            self._link.encode(version, path)
+        except (RunDirectoryError, DeadlineError, WeightsError) as error:
+            return error
+        return None
 
     def _announce_encoded(self, announced: Future[None], version: Version, probed: NDArray[np.float32]) -> None:
         try:
             self._await_all(version, probed)
+            announced.set_result(None)
         except (SluiceError, RuntimeError) as error:  # RuntimeError: gloo's, where another rank has died
             announced.set_exception(error)
-        else:
-            announced.set_result(None)
+        finally:
+            if not announced.done():  # a defect, whose traceback the thread prints
+                announced.set_exception(WeightsError(f"version {version} was not announced: the error is above"))
 
     def _await_all(self, version: Version, probed: NDArray[np.float32]) -> None:
         """Announces a version once all ranks have encoded their parts.
@@ -203,3 +205,22 @@ class Publisher:
                 probe_logprobs=wire.float_bytes(probed),
             )
         )
+
+
+def _memory_of(ranks: Ranks, parent: Path) -> MemoryDirectory:
+    """A directory of this rank.
+
+    Raises:
+        RunDirectoryError: A rank gets none, as all ranks hear.
+    """
+    try:
+        directory = MemoryDirectory.make(parent, f"learner-{ranks.rank}")
+    except RunDirectoryError as error:
+        ranks.raise_together(error)
+        raise
+    try:
+        ranks.raise_together(None)
+    except RunDirectoryError:
+        directory.remove()
+        raise
+    return directory

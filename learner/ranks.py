@@ -80,6 +80,17 @@ class Ranks:
         self._broadcast(msgspec.msgpack.encode(_Answer(msgspec.Raw(msgspec.msgpack.encode(value)))))
         return value
 
+    def raise_together(self, error: SluiceError | None) -> None:
+        """Raises what went wrong on this rank or on another: on all ranks, that of the first of them.
+
+        Raises:
+            SluiceError: Something did.
+        """
+        failure = None if error is None else _Failure(type(error).__name__, str(error))
+        for data in self.gather(msgspec.msgpack.encode(failure)):
+            if failure := msgspec.msgpack.decode(data, type=_Failure | None):
+                raise _opened_error(failure)
+
     def gather(self, data: bytes, group: Group = None) -> list[bytes]:
         """The data of every rank, in their order, on every rank; in another thread by a group of its own."""
         if self.size == 1:
@@ -106,5 +117,10 @@ class Ranks:
 def _opened(data: bytes, kind: type[T]) -> T:
     answer = msgspec.msgpack.decode(data, type=_Failure | _Answer)
     if isinstance(answer, _Failure):
-        raise getattr(errors, answer.kind, SluiceError)(answer.message)
+        raise _opened_error(answer)
     return msgspec.msgpack.decode(answer.data, type=kind)
+
+
+def _opened_error(failure: _Failure) -> SluiceError:
+    error: SluiceError = getattr(errors, failure.kind, SluiceError)(failure.message)
+    return error

@@ -2,11 +2,12 @@
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
+from common.errors import RunDirectoryError
 from common.weights.parts import DType, TensorEntry, part_header
 from learner.publisher.reports import PARTIAL
 
@@ -18,7 +19,7 @@ class PartWriter:
     """Writes the same tensors again and again; beside the file it holds no more than one of them.
 
     Attributes:
-        size_bytes: Of the tensors of this rank; 0 where it has none.
+        size_bytes: Size of the tensors of this rank; 0 where it has none.
     """
 
     def __init__(self) -> None:
@@ -26,29 +27,36 @@ class PartWriter:
         self._entries: dict[str, TensorEntry] = {}
         self.size_bytes = 0
 
-    def write(self, export: Callable[[], Tensors], path: Path) -> str:
-        """Writes a part, whole or not at all; returns what failed, in one line.
+    def write(self, export: Callable[[], Tensors], path: Path) -> None:
+        """Writes a part, whole or not at all.
 
-        Every rank takes all of its tensors, whatever failed: ranks make each of them together.
+        Every rank takes all of its tensors, whatever failed: ranks make each of them together. A tensor is let go
+        before the next one is made.
 
         Args:
             export: Name and tensor of each weight of this rank. The first call takes them twice, once for the shapes.
             path: The file to make.
+
+        Raises:
+            RunDirectoryError: There is no room.
         """
         if not self._header:
-            self._learn_shapes([(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in export()])
-        rest, temporary, error = export(), path.with_name(f".{path.name}{PARTIAL}"), ""
+            self._learn_shapes(export())
+        rest, temporary = export(), path.with_name(f".{path.name}{PARTIAL}")
         try:
             self._copy(rest, temporary)
             temporary.rename(path)
-        except OSError as failure:
-            error = f"{path}: cannot be written: {failure.strerror}"
+        except OSError as error:
             temporary.unlink(missing_ok=True)
             for _ in rest:
                 pass
-        return error
+            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
 
-    def _learn_shapes(self, described: Sequence[tuple[str, DType, tuple[int, ...]]]) -> None:
+    def _learn_shapes(self, tensors: Tensors) -> None:
+        described: list[tuple[str, DType, tuple[int, ...]]] = []
+        for name, tensor in tensors:
+            described.append((name, _DTYPES[tensor.dtype], tuple(tensor.shape)))
+            del tensor
         self._header, entries = part_header(described)
         self._entries = {entry.name: entry for entry in entries}
         self.size_bytes = entries[-1].end if entries else 0
@@ -70,3 +78,4 @@ class PartWriter:
             entry = self._entries[name]
             assert tuple(tensor.shape) == entry.shape, f"{name} has another shape than before"
             data[entry.start : entry.end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+            del tensor

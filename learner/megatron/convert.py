@@ -103,9 +103,13 @@ def export_weights(
             if turn % replicas.size != replicas.rank:
                 continue
             share = row.part(place)
-            parts = [_whole(t, row, share) for t in row.split(row.of(value_of(parameters[row.megatron])))]
-            if turn // replicas.size % share.size == share.rank:
-                yield from zip(row.hugging_face, parts, strict=True)
+            is_ours = turn // replicas.size % share.size == share.rank
+            tensors = row.split(row.of(value_of(parameters[row.megatron])))
+            for name, part in zip(row.hugging_face, tensors, strict=True):
+                whole = _whole(part, row, share)
+                if is_ours:
+                    yield name, whole
+                del whole  # one is made at a time
 
 
 def conversions(piece: HiddenStateModel, shape: ModelShape, place: Place) -> Iterator[Conversion]:

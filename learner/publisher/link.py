@@ -45,7 +45,7 @@ class PublisherLink:
         self._process: _Process | None = None
         self._order: Encode | None = None
         self._encoded: Encoded | None = None
-        self._is_dead = False
+        self._death = ""
         self.endpoint = ""
         keep = copy_context().run  # with what the log is bound to
         Thread(target=keep, args=(self._keep,), name=f"publisher-{part}", daemon=True).start()
@@ -93,9 +93,7 @@ class PublisherLink:
         num_left = self._max_restarts
         while (process := self._start()) is not None:
             began = time.monotonic()
-            assert process.stdout is not None
-            for line in process.stdout:
-                self._hear(msgspec.json.decode(line, type=Listening | Encoded))
+            self._listen(process)
             exit_code = process.wait()
             if self._is_closing:
                 continue
@@ -103,24 +101,40 @@ class PublisherLink:
                 num_left = self._max_restarts
             logger().warning("publisher_ended", part=self._part, exit_code=exit_code, num_restarts_left=num_left)
             if num_left == 0:
-                with self._changed:
-                    self._is_dead = True
-                    self._changed.notify_all()
+                self._give_up(f"dead {self._max_restarts + 1} times")
                 return
             num_left -= 1
             time.sleep(_RESPAWN_S)
+
+    def _listen(self, process: _Process) -> None:
+        """Hears all that a publisher says; what else a library prints there is logged."""
+        assert process.stdout is not None
+        for line in process.stdout:
+            try:
+                self._hear(msgspec.json.decode(line, type=Listening | Encoded))
+            except msgspec.MsgspecError:
+                logger().warning("publisher_printed", part=self._part, line=line.decode(errors="replace").strip())
+
+    def _give_up(self, death: str) -> None:
+        with self._changed:
+            self._death = death
+            self._changed.notify_all()
 
     def _start(self) -> _Process | None:
         with self._changed:
             if self._is_closing:
                 return None
             port = self.endpoint.rpartition(":")[2] or "0"
-            self._process = subprocess.Popen(
-                [*self._command, port],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,  # what torchrun tells the rank to stop by is not for it
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [*self._command, port],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    start_new_session=True,  # what torchrun tells the rank to stop by is not for it
+                )
+            except OSError as error:
+                self._give_up(f"not started ({error.strerror})")
+                return None
             if self._order is not None:
                 self._send(self._order)
             return self._process
@@ -145,10 +159,10 @@ class PublisherLink:
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:
         with self._changed:
-            if not self._changed.wait_for(lambda: done() or self._is_dead, self._deadline_s):
+            if not self._changed.wait_for(lambda: done() or self._death, self._deadline_s):
                 raise DeadlineError(f"waited {self._deadline_s:g} s for the publisher of part {self._part} to {what}")
             if not done():
                 raise WeightsError(
-                    f"found the publisher of part {self._part} dead {self._max_restarts + 1} times, expected it to "
-                    f"{what}; its lines are above"
+                    f"found the publisher of part {self._part} {self._death}, expected it to {what}; its lines are "
+                    "above"
                 )

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -185,6 +186,50 @@ def _publish_without_room(directory: Path) -> None:
         with pytest.raises(RunDirectoryError) as caught:
             rank.publish(0)
         (directory / f"told-{rank.ranks.rank}").write_text(str(caught.value))
+
+
+def test_all_ranks_hear_that_one_gets_no_directory(tmp_path: Path) -> None:
+    make(tmp_path)
+    run_ranks(2, tmp_path, _begin_without_memory, tmp_path)
+    assert list((tmp_path / "memory").iterdir()) == []
+
+
+def _begin_without_memory(directory: Path) -> None:
+    config = read_resolved(directory / "run")
+    if dist.get_rank() == 1:
+        config = msgspec.structs.replace(config, weights=WeightsConfig(dir=str(directory / "none")))
+    with pytest.raises(RunDirectoryError, match=r"^weights\.dir: .*/none: cannot be written: No such file"):
+        Rank(directory / "run", config)
+
+
+def test_all_ranks_hear_that_the_publisher_of_one_does_not_start(tmp_path: Path) -> None:
+    make(tmp_path)
+    run_ranks(2, tmp_path, _publish_without_publisher, tmp_path)
+    assert list((tmp_path / "memory").iterdir()) == []
+
+
+def _publish_without_publisher(directory: Path) -> None:
+    rank = Rank(directory / "run")
+    if rank.ranks.rank == 1:
+        sys.executable = str(directory / "no-python")
+    message = r"^found the publisher of part 1 not started \(No such file or directory\), expected it to listen"
+    with closing(rank.publisher), pytest.raises(WeightsError, match=message):
+        rank.publish(0)
+
+
+def test_what_a_library_prints_in_a_publisher_is_logged_and_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho a library was here\nexec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+    run_dir = make(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(python))
+    rank = Rank(run_dir)
+    with closing(rank.publisher):
+        rank.publish_first()
+    assert [manifest.version.number for manifest in rank.announced] == [0]
+    assert "publisher_printed" in "".join(capfd.readouterr())
 
 
 def test_a_publisher_that_dies_too_often_ends_its_rank_in_one_line(tmp_path: Path) -> None:

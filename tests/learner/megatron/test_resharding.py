@@ -87,6 +87,15 @@ def test_what_ranks_hand_out_is_what_they_read_bit_for_bit(kind: str, split: str
 
 
 @pytest.mark.parametrize(("kind", "split"), IN_AND_OUT)
+def test_ranks_take_turns_in_handing_out(kind: str, split: str, base: Path) -> None:
+    """Within one layer's weights, which a rank of a pipeline may have more of than the other."""
+    parts = [torch.load(path) for path in (base / "whole" / kind).glob(f"{split}.rank-*.pt")]
+    num_bytes = [sum(tensor.nbytes for tensor in part.values()) for part in parts]
+    assert len(parts) == 2
+    assert max(num_bytes) <= 2 / 3 * sum(num_bytes)
+
+
+@pytest.mark.parametrize(("kind", "split"), IN_AND_OUT)
 def test_an_export_of_what_ranks_saved_is_what_they_handed_out(kind: str, split: str, base: Path) -> None:
     directory = base / "whole" / kind
     write_resolved(_config(directory, {}, dtype="bfloat16"), directory)
