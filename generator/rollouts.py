@@ -82,6 +82,8 @@ class Rollouts:
             while True:
                 await weights.ready.wait()
                 await self._room.wait()
+                if not weights.ready.is_set():  # another version is being loaded since
+                    continue
                 room = self._config.generator.max_groups - len(self.holds())
                 if room <= 0:
                     self._room.clear()

@@ -15,7 +15,7 @@ from learner.ledger.judgement import malformed_reason, versions_of
 from learner.ledger.routes import unexpected_routes
 from learner.ledger.visits import Leasable, renew
 
-OLD_ENGINE_AFTER_S = 10.0
+OLD_ENGINE_AFTER = 1 / 10  # of run.stall_timeout_s
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
@@ -145,7 +145,8 @@ class Evaluations:
 
         An engine older than the version wanted gets one only where that would stall the evaluation; a newer one does.
         """
-        fitting = (v for v in self._free.values() if version >= v.version or now - v.asked_at > OLD_ENGINE_AFTER_S)
+        patience_s = OLD_ENGINE_AFTER * self._config.run.stall_timeout_s
+        fitting = (v for v in self._free.values() if version >= v.version or now - v.asked_at > patience_s)
         granted = list(islice(fitting, room))
         for visit in granted:
             visit.lease(name, version, now)

@@ -51,6 +51,7 @@ class Site(NamedTuple):
 
     ledger: Client
     rollouts: Rollouts
+    weights: Weights
     verifier: Verifier
     learner: Learner
     stop: Callable[[], None]
@@ -107,6 +108,6 @@ async def site(engine: Engine, run_dir: Path, config: Config) -> AsyncGenerator[
                     task.cancel()
 
             try:
-                yield Site(client, rollouts, verifier, learner, stop)
+                yield Site(client, rollouts, weights, verifier, learner, stop)
             finally:
                 stop()

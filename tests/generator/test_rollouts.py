@@ -3,8 +3,10 @@
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import pytest
 
 from common import wire
 from common.sections import EvaluationConfig, GeneratorConfig, LeaseConfig, SamplingConfig
@@ -109,6 +111,35 @@ def test_a_late_group_is_given_back_until_its_attempts_are_used_up(bigrams: Runn
     assert all(re.match(rf"{expected}expected 8$", reason) for reason in reasons), reasons
 
 
+def test_no_lease_is_asked_for_while_a_version_is_loaded(
+    bigrams: RunningEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, run_dir = GeneratorConfig(max_groups=1), tmp_path / "run"
+    config = make_run(
+        run_dir, bigrams.model, ["="] * 2, group_size=8, max_staleness=0, sampling=LONGER, lease=LATE, generator=one
+    )
+
+    async def scenario() -> None:
+        async with site(bigrams.engine, run_dir, config) as at:
+            ask, was_ready = at.ledger.ask, list[bool]()
+
+            async def noted(message: wire.Request, expect: Any, *, deadline_s: float) -> Any:
+                if isinstance(message, wire.LeaseRequest):
+                    was_ready.append(at.weights.ready.is_set())
+                return await ask(message, expect, deadline_s=deadline_s)
+
+            monkeypatch.setattr(at.ledger, "ask", noted)
+            await until(lambda: bool(at.rollouts.holds()), "a lease")
+            at.weights.ready.clear()
+            await late_until(bigrams.engine, lambda: _is_idle(at), "the lease to be given back")
+            await settle()
+            at.weights.ready.set()
+            await until(lambda: bool(at.rollouts.holds()), "another lease")
+            assert all(was_ready)
+
+    bigrams.run(scenario())
+
+
 def test_a_group_is_trained_without_its_late_completions_and_an_evaluation_is_not_counted_without_them(
     bigrams: RunningEngine, tmp_path: Path
 ) -> None:
@@ -174,6 +205,10 @@ def test_a_generator_that_stops_leaves_its_leases_to_others_at_once(bigrams: Run
 
 async def _at_least(at: Site, state: str, num: int) -> bool:
     return (await at.status()).accounts[state] >= num
+
+
+async def _is_idle(at: Site) -> bool:
+    return at.rollouts.holds() == ()
 
 
 async def _is_evaluated(at: Site) -> bool:

@@ -55,9 +55,9 @@ def test_an_evaluation_is_asked_for_once(make_group: MakeGroup) -> None:
 def test_an_older_engine_is_asked_only_after_a_while() -> None:
     evaluations = make_evaluations()
     evaluations.ask(V[2], now=0.0)
-    assert evaluations.grant("g", V[1], 10, now=9.0) == []
-    assert len(evaluations.grant("g", V[3], 1, now=9.0)) == 1
-    assert len(evaluations.grant("g", V[1], 10, now=11.0)) == 2
+    assert evaluations.grant("g", V[1], 10, now=29.0) == []
+    assert len(evaluations.grant("g", V[3], 1, now=29.0)) == 1
+    assert len(evaluations.grant("g", V[1], 10, now=31.0)) == 2
 
 
 def test_an_older_engine_waits_for_a_version_that_is_not_published_yet() -> None:
@@ -69,9 +69,9 @@ def test_an_older_engine_waits_for_a_version_that_is_not_published_yet() -> None
     assert not evaluations.drain()
     evaluations.published(V[2], now=100.0)
     assert [visit.asked_at for visit in evaluations.drain().visits] == [100.0] * 3
-    assert evaluations.grant("g", V[1], 10, now=109.0) == []
-    assert len(evaluations.grant("g", V[2], 1, now=109.0)) == 1
-    assert len(evaluations.grant("g", V[1], 10, now=111.0)) == 2
+    assert evaluations.grant("g", V[1], 10, now=129.0) == []
+    assert len(evaluations.grant("g", V[2], 1, now=129.0)) == 1
+    assert len(evaluations.grant("g", V[1], 10, now=131.0)) == 2
 
 
 def test_a_lost_lease_is_granted_again_and_its_late_result_refused(make_group: MakeGroup) -> None:
