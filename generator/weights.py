@@ -25,7 +25,6 @@ class Weights:
     Attributes:
         directory: The newest that was heard.
         ready: Set once the engine holds a published version that passed the gate.
-        num_failed: Pulls that came to nothing.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Weights:
         self._changed = asyncio.Event()
         self.directory = wire.Directory(revision=0, manifest=None, verifiers=(), closing=False)
         self.ready = asyncio.Event()
-        self.num_failed = 0
 
     async def watch(self, heard: Callable[[wire.Directory], None]) -> None:
         """Hears of every change of the directory, until cancelled."""
@@ -84,7 +82,6 @@ class Weights:
             try:
                 brought = await self._bring(manifest)
             except (RefusedError, DeadlineError, WeightsError) as error:
-                self.num_failed += 1
                 failing_since = began if failing_since is None else failing_since
                 if clock() - failing_since > self._deadline_s:
                     raise

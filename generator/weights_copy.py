@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from common import wire
-from common.errors import WeightsError
+from common.errors import ModelError, WeightsError
 from common.files import one_line, write_atomically
 from common.process import first_error
 from common.rendezvous import RunKeys
@@ -17,10 +16,11 @@ from common.versions import Version
 from common.weights.delta import Delta, apply_delta
 from common.weights.parts import Part
 from common.weights.pulling import Puller
+from common.weights.shelf import NUM_CONNECTIONS
 from common.weights.work import NUM_THREADS, to_its_end
 
 _INDEX = "model.safetensors.index.json"
-_PARTS_AT_ONCE = 4
+_FEW_PARTS = 4  # are decoded at a time; of more, each is pulled over one connection
 
 
 class Brought(NamedTuple):
@@ -55,7 +55,7 @@ class WeightsCopy:
     """Brought from version to version by pulling from all publishers; no engine may load it meanwhile.
 
     Deltas change its files in place; a whole part takes the place of the old one, which goes first. Beside the weights
-    there are the deltas on their way, of `_PARTS_AT_ONCE` parts at a time, and nothing else.
+    there is one delta of each part on its way, and nothing else.
 
     Attributes:
         version: The version that it holds; None where it holds none, or parts of several.
@@ -63,17 +63,26 @@ class WeightsCopy:
     """
 
     def __init__(self, memory: Path, model: Path, keys: RunKeys, *, deadline_s: float) -> None:
-        """`model` has the config that goes with the weights; `deadline_s` is how long a publisher may be silent."""
+        """`model` has the config that goes with the weights; `deadline_s` is how long a publisher may be silent.
+
+        Raises:
+            ModelError: The config cannot be read.
+            RunDirectoryError: `memory` cannot be written.
+        """
         self._puller = Puller(keys, deadline_s=deadline_s)
         self._held: dict[str, _Held | None] = {}  # by publisher
-        self._room = asyncio.Semaphore(_PARTS_AT_ONCE)
+        self._decoders = asyncio.Semaphore(_FEW_PARTS)
         self._is_indexed = False
         self.version: Version | None = None
         self.directory, self._pulled = memory / "weights", memory / "pulled"
+        try:
+            config = (model / "config.json").read_bytes()
+        except OSError as error:
+            raise ModelError(f"{model / 'config.json'}: cannot be read: {error.strerror}") from error
         with one_line(memory):
             self.directory.mkdir()
             self._pulled.mkdir()
-            shutil.copyfile(model / "config.json", self.directory / "config.json")
+            (self.directory / "config.json").write_bytes(config)
 
     async def bring(self, manifest: wire.Manifest) -> Brought:
         """Makes the copy a version. After an error it goes on from what is whole by then.
@@ -107,22 +116,24 @@ class WeightsCopy:
         return Brought(transfer_s, decode_s, self._puller.bytes_in - before, num_whole)
 
     async def _bring_part(self, publisher: str, version: Version) -> Brought:
-        async with self._room:
-            held = self._held[publisher]
-            answer = await self._puller.files(publisher, version, held.version if held else None)
-            names = [str(content.key) for content in answer.files]
-            self._remove_pulled(f"*part-{answer.part:05d}.*", but=names)
-            transfer_s, decode_s, num_whole = 0.0, 0.0, 0
-            for content in answer.files:
-                if content.key.base is None:
-                    self._drop(publisher)
-                    self._is_indexed, num_whole = False, num_whole + 1
-                began, path = time.monotonic(), self._pulled / str(content.key)
-                await self._puller.pull(content, path, publisher)
-                pulled = time.monotonic()
+        held = self._held[publisher]
+        answer = await self._puller.files(publisher, version, held.version if held else None)
+        names = [str(content.key) for content in answer.files]
+        self._remove_pulled(f"*part-{answer.part:05d}.*", but=names)
+        num_connections = NUM_CONNECTIONS if len(self._held) <= _FEW_PARTS else 1
+        transfer_s, decode_s, num_whole = 0.0, 0.0, 0
+        for content in answer.files:
+            if content.key.base is None:
+                self._drop(publisher)
+                self._is_indexed, num_whole = False, num_whole + 1
+            began, path = time.monotonic(), self._pulled / str(content.key)
+            await self._puller.pull(content, path, publisher, num_connections=num_connections)
+            transfer_s += time.monotonic() - began
+            async with self._decoders:
+                began = time.monotonic()
                 await self._take_in(publisher, content.key, path)
-                transfer_s, decode_s = transfer_s + pulled - began, decode_s + time.monotonic() - pulled
-            return Brought(transfer_s, decode_s, 0, num_whole)
+                decode_s += time.monotonic() - began
+        return Brought(transfer_s, decode_s, 0, num_whole)
 
     def _remove_pulled(self, pattern: str, *, but: Sequence[str] = ()) -> None:
         """Removes what pulls that were broken off have left, but for files that are still wanted."""
@@ -159,7 +170,7 @@ class WeightsCopy:
             found = f"{delta.base_version} to {delta.version}"
             raise WeightsError(f"{path}: found a delta from {found}, expected {key.base} to {key.version}")
         with Part.open(self._file(key.part), writable=True) as part:
-            apply_delta(part, delta, num_threads=NUM_THREADS)
+            apply_delta(part, delta, num_threads=max(1, NUM_THREADS // min(len(self._held), _FEW_PARTS)))
 
     def _drop(self, publisher: str) -> None:
         """Makes room for a whole part."""

@@ -1,31 +1,31 @@
 """Pulling: a file of weights from its publisher, by chunks over several connections, checked, and taken up again."""
 
 import asyncio
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from common import wire
-from common.errors import DeadlineError, RefusedError, WeightsError, WireError
+from common.errors import DeadlineError, RefusedError, SilenceError, WeightsError, WireError
 from common.log import logger
 from common.process import first_error
 from common.rendezvous import RunKeys
-from common.transport import Client
+from common.transport import SILENCE_S, Client
 from common.versions import Version
 from common.weights.partial import Partial
 from common.weights.shelf import NUM_CONNECTIONS
 from common.weights.work import to_its_end
 
-CREDITS = 4  # requests under way on each
+CREDITS = 4  # requests under way on each connection
+MAX_UNDER_WAY = 32  # requests under way in all
 NUM_TRIES = 3  # of a chunk that comes damaged
-
-A = TypeVar("A", bound=wire.Message)
 
 
 class Puller:
     """Pulls files. Chunks are asked for, never pushed: who pulls bounds what is under way.
 
-    Beside the file it holds `NUM_CONNECTIONS` times `CREDITS` chunks or so.
+    Beside the files it holds `MAX_UNDER_WAY` chunks or so.
 
     Attributes:
         bytes_in: Bytes of chunks that came.
@@ -35,6 +35,7 @@ class Puller:
     def __init__(self, keys: RunKeys | None, *, deadline_s: float) -> None:
         """`deadline_s` is how long a publisher may be silent, or bring no chunk."""
         self._keys, self._deadline_s = keys, deadline_s
+        self._room = asyncio.Semaphore(MAX_UNDER_WAY)
         self.bytes_in = 0
         self.num_damaged = 0
 
@@ -49,7 +50,8 @@ class Puller:
         request, what = wire.PartRequest(version=version, have=have), f"the part of {version} from {publisher}"
         try:
             async with asyncio.timeout(self._deadline_s), self._client(publisher) as client:
-                answer = await self._ask(client, request, wire.PartFiles, what)
+                with _mentioned(what):
+                    answer = await client.ask(request, wire.PartFiles, deadline_s=self._deadline_s)
         except TimeoutError as error:
             raise DeadlineError(f"{what}: waited {self._deadline_s:g} s for it to be encoded") from error
         start, end = have, have
@@ -62,8 +64,16 @@ class Puller:
             )
         return answer
 
-    async def pull(self, content: wire.Content, path: Path, publisher: str) -> None:
+    async def pull(
+        self, content: wire.Content, path: Path, publisher: str, *, num_connections: int = NUM_CONNECTIONS
+    ) -> None:
         """Makes the file at `path`, whole or not at all; what is there of it after an error is taken up next time.
+
+        Args:
+            content: What the file will be.
+            path: Where it will stand.
+            publisher: Who hands it out.
+            num_connections: How many to open.
 
         Raises:
             RunDirectoryError: There is no room.
@@ -74,68 +84,99 @@ class Puller:
         partial = await to_its_end(Partial.open, content, path)
         try:
             if partial.missing:
-                await self._pull(publisher, partial)
+                await self._pull(_Transfer(publisher, partial, self._deadline_s), num_connections)
             partial.finish()
         finally:
             partial.close()
 
-    async def _pull(self, publisher: str, partial: Partial) -> None:
-        rest = iter(sorted(partial.missing))
+    async def _pull(self, transfer: "_Transfer", num_connections: int) -> None:
         try:
             async with asyncio.timeout(self._deadline_s) as patience, asyncio.TaskGroup() as tasks:
-                for _ in range(min(NUM_CONNECTIONS, len(partial.missing))):
-                    tasks.create_task(self._connection(publisher, partial, rest, patience))
+                for _ in range(min(num_connections, len(transfer.rest))):
+                    tasks.create_task(self._connection(transfer, patience))
         except TimeoutError as error:
             raise DeadlineError(
-                f"{partial.content.key}: waited {self._deadline_s:g} s for the next of {len(partial.missing)} chunks "
-                f"from {publisher}"
+                f"{transfer.key}: waited {self._deadline_s:g} s for the next of {len(transfer.partial.missing)} chunks "
+                f"from {transfer.publisher}"
             ) from error
         except BaseExceptionGroup as group:
             raise first_error(group) from group
 
-    async def _connection(
-        self, publisher: str, partial: Partial, rest: Iterator[int], patience: asyncio.Timeout
-    ) -> None:
+    async def _connection(self, transfer: "_Transfer", patience: asyncio.Timeout) -> None:
         loop = asyncio.get_running_loop()
 
         async def pull_some(client: Client) -> None:
-            for index in rest:
-                await self._chunk(client, publisher, partial, index)
+            while transfer.rest:
+                await self._chunk(client, transfer, transfer.rest.popleft())
                 if not patience.expired():
                     patience.reschedule(loop.time() + self._deadline_s)
 
-        async with self._client(publisher) as client, asyncio.TaskGroup() as tasks:
+        async with self._client(transfer.publisher) as client, asyncio.TaskGroup() as tasks:
             for _ in range(CREDITS):
                 tasks.create_task(pull_some(client))
 
-    async def _chunk(self, client: Client, publisher: str, partial: Partial, index: int) -> None:
+    async def _chunk(self, client: Client, transfer: "_Transfer", index: int) -> None:
         """Pulls a chunk until it is what it should be.
 
         Raises:
             WeightsError: It never is.
         """
-        key = partial.content.key
-        request = wire.ChunkRequest(key=key, index=index)
+        key, content = transfer.key, transfer.partial.content
         for _ in range(NUM_TRIES):
-            chunk = await self._ask(client, request, wire.Chunk, f"{key}: chunk {index} from {publisher}")
+            async with self._room:
+                chunk = await transfer.ask(client, index)
             self.bytes_in += len(chunk.data)
-            if partial.put(index, chunk.data):
+            if transfer.partial.put(index, chunk.data):
                 return
             self.num_damaged += 1
-            logger().warning("chunk_damaged", file=str(key), chunk=index, publisher=publisher)
+            logger().warning("chunk_damaged", file=str(key), chunk=index, publisher=transfer.publisher)
         raise WeightsError(
-            f"{key}: chunk {index} from {publisher}: found other bytes than were published in {NUM_TRIES} tries, "
-            f"expected {partial.content.chunk_bytes(index)} of checksum {partial.content.chunk_sums()[index]:016x}"
+            f"{key}: chunk {index} from {transfer.publisher}: found other bytes than were published in {NUM_TRIES} "
+            f"tries, expected {content.chunk_bytes(index)} of checksum {content.chunk_sums()[index]:016x}"
         )
-
-    async def _ask(self, client: Client, request: wire.Request, expect: type[A], what: str) -> A:
-        """The publisher's answer; its errors say what was asked for."""
-        try:
-            return await client.ask(request, expect, deadline_s=self._deadline_s)
-        except (RefusedError, DeadlineError) as error:
-            raise type(error)(f"{what}: {error}") from error
-        except WireError as error:
-            raise WeightsError(f"{what}: {error}") from error
 
     def _client(self, publisher: str) -> Client:
         return Client(lambda: publisher, keys=self._keys, name="publisher")
+
+
+class _Transfer:
+    """One file on its way.
+
+    Attributes:
+        key: Which file it is.
+        publisher: Who hands it out.
+        partial: What of it is there.
+        rest: Chunks that nobody has asked for yet.
+    """
+
+    def __init__(self, publisher: str, partial: Partial, deadline_s: float) -> None:
+        self.key, self.publisher, self.partial = partial.content.key, publisher, partial
+        self.rest = deque(sorted(partial.missing))
+        self._silence_s = min(SILENCE_S, deadline_s)
+
+    async def ask(self, client: Client, index: int) -> wire.Chunk:
+        """The publisher's answer. Asks again where none comes, each time later: chunks may be slower than was thought.
+
+        Raises:
+            RefusedError: It no longer has the file.
+            WeightsError: Its answer is malformed.
+        """
+        with _mentioned(f"{self.key}: chunk {index} from {self.publisher}"):
+            while True:
+                silence_s = self._silence_s
+                try:
+                    request = wire.ChunkRequest(key=self.key, index=index)
+                    return await client.ask_once(request, wire.Chunk, silence_s=silence_s)
+                except SilenceError:
+                    self._silence_s = max(self._silence_s, 2 * silence_s)
+
+
+@contextmanager
+def _mentioned(what: str) -> Generator[None]:
+    """A publisher's errors say what was asked for."""
+    try:
+        yield
+    except (RefusedError, DeadlineError) as error:
+        raise type(error)(f"{what}: {error}") from error
+    except WireError as error:
+        raise WeightsError(f"{what}: {error}") from error

@@ -1,6 +1,10 @@
 """What a process hands out of weights: files, chunk by chunk, to each who asks."""
 
+import math
 import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import wire
@@ -10,6 +14,7 @@ from common.transport import Handler, Service
 
 NUM_CONNECTIONS = 2  # of each puller
 MAX_QUEUED = 32  # chunks on their way to one peer; what is more is dropped, and asked for again by one who reads
+BUSY_S = 30.0  # that long after it was asked for last, a file counts as being pulled
 _MAX_REQUEST_BYTES = 1 << 20
 
 
@@ -23,6 +28,21 @@ def weights_service(handler: Handler, keys: RunKeys, host: str, port: int = 0) -
     return Service(handler, keys=keys, host=host, port=port, **limits)
 
 
+@dataclass(slots=True)
+class _File:
+    """A file that can be pulled.
+
+    Attributes:
+        content: What its bytes are.
+        descriptor: The open file.
+        asked_at: When a chunk of it was asked for last.
+    """
+
+    content: wire.Content
+    descriptor: int
+    asked_at: float = -math.inf
+
+
 class Shelf:
     """Files that can be pulled, by their keys; each is open, so that removing its name disturbs nobody.
 
@@ -30,9 +50,10 @@ class Shelf:
         bytes_out: Bytes of chunks that were handed out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.bytes_out = 0
-        self._files: dict[wire.FileKey, tuple[wire.Content, int]] = {}
+        self._clock = clock
+        self._files: dict[wire.FileKey, _File] = {}
 
     def add(self, content: wire.Content, path: Path) -> None:
         """Takes in a file.
@@ -45,12 +66,17 @@ class Shelf:
         except OSError as error:
             raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
         self.remove(content.key)
-        self._files[content.key] = content, descriptor
+        self._files[content.key] = _File(content, descriptor)
 
     def remove(self, key: wire.FileKey) -> None:
         """Takes out a file."""
         if key in self._files:
-            os.close(self._files.pop(key)[1])
+            os.close(self._files.pop(key).descriptor)
+
+    def busy(self) -> set[wire.FileKey]:
+        """The files that are being pulled."""
+        since = self._clock() - BUSY_S
+        return {key for key, file in self._files.items() if file.asked_at > since}
 
     def close(self) -> None:
         """Takes out all files."""
@@ -66,9 +92,12 @@ class Shelf:
         key, index = request.key, request.index
         if key not in self._files:
             raise RefusedError(f"found no {key} here, expected it to be published still")
-        content, descriptor = self._files[key]
-        if index >= content.num_chunks:
-            raise RefusedError(f"{key}: found a request for chunk {index}, expected less than {content.num_chunks}")
-        data = os.pread(descriptor, content.chunk_bytes(index), index * wire.CHUNK_BYTES)
+        file = self._files[key]
+        if index >= file.content.num_chunks:
+            raise RefusedError(
+                f"{key}: found a request for chunk {index}, expected less than {file.content.num_chunks}"
+            )
+        file.asked_at = self._clock()
+        data = os.pread(file.descriptor, file.content.chunk_bytes(index), index * wire.CHUNK_BYTES)
         self.bytes_out += len(data)
         return wire.Chunk(data=memoryview(data))

@@ -12,7 +12,8 @@ from typing import ParamSpec, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 P = ParamSpec("P")
-NUM_THREADS = max(1, (os.cpu_count() or 1) // 4)  # of a process that works beside others
+_LIKE_THIS_ONE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's word for the ranks on a node
+NUM_THREADS = max(1, len(os.sched_getaffinity(0)) // 4 // _LIKE_THIS_ONE)  # of a process that works beside others
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:

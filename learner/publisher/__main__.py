@@ -59,7 +59,7 @@ class Publisher:
     async def run(self, keys: RunKeys, host: str, port: int, stop: asyncio.Event) -> None:
         """Serves until `stop` is set or there is no more to read."""
         async with weights_service(self._handle, keys, host, port) as service, asyncio.TaskGroup() as tasks:
-            _tell(Listening(service.endpoint))
+            _report(Listening(service.endpoint))
             working = (tasks.create_task(service.serve()), tasks.create_task(self._encode_all(stop)))
             await stop.wait()
             for task in working:
@@ -75,7 +75,7 @@ class Publisher:
 
     async def _encode(self, order: Encode) -> None:
         new = await asyncio.to_thread(self._chain.encode, order.version, Path(order.path))
-        for stored in self._chain.add(new):
+        for stored in self._chain.add(new, self._shelf.busy()):
             self._shelf.remove(stored.content.key)
         for stored in (new.whole, new.delta):
             if stored is not None:
@@ -84,8 +84,8 @@ class Publisher:
             self._changed.notify_all()
         bind(version=str(order.version))
         figures = {name: value for name, value in msgspec.structs.asdict(new.report).items() if name != "version"}
-        logger().info("version_encoded", **figures)
-        _tell(new.report)
+        logger().info("version_encoded", bytes_out=self._shelf.bytes_out, **figures)
+        _report(new.report)
 
     async def _handle(self, peer: bytes, request: wire.Request) -> wire.Message:
         del peer
@@ -104,7 +104,7 @@ class Publisher:
         return wire.PartFiles(part=self._part, files=files)
 
 
-def _tell(report: Listening | Encoded) -> None:
+def _report(report: Listening | Encoded) -> None:
     sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
     sys.stdout.flush()
 

@@ -1,6 +1,7 @@
 """The versions of one part that can be pulled: whole ones every so often, and the deltas between."""
 
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,8 +84,13 @@ class Chain:
         )
         return NewVersion(path, whole, delta, encoded)
 
-    def add(self, new: NewVersion) -> list[Stored]:
-        """Takes a version in; returns what goes for it, and removes the files of that."""
+    def add(self, new: NewVersion, busy: Collection[wire.FileKey] = ()) -> list[Stored]:
+        """Takes a version in; returns what goes for it, and removes the files of that.
+
+        Args:
+            new: The version.
+            busy: Files that are being pulled; these anchors go last.
+        """
         left = self._newest_path if self.newest is not None and self.newest not in self._anchors else None
         version = new.report.version
         if new.whole is not None:
@@ -92,7 +98,7 @@ class Chain:
         if new.delta is not None:
             self._deltas[version] = new.delta
         self.newest, self._newest_path = version, new.path
-        gone = self._evict(new.report.full_bytes)
+        gone = self._evict(new.report.full_bytes, busy)
         for path in [stored.path for stored in gone] + ([left] if left else []):
             path.unlink(missing_ok=True)
         return gone
@@ -126,19 +132,26 @@ class Chain:
         is_full = _size(anchored) > (self._retention - _TWO_ANCHORS) * full_bytes
         return len(anchored) < self._anchor_every and not is_full
 
-    def _evict(self, full_bytes: int) -> list[Stored]:
-        """Drops the oldest anchor with what leads to it, or the oldest delta, until what is left fits.
+    def _evict(self, full_bytes: int, busy: Collection[wire.FileKey]) -> list[Stored]:
+        """Drops files until what is left fits: the oldest anchor with what leads to it, else the oldest delta.
 
-        What joiners need stays, and the newest delta, which all others need.
+        What joiners need stays, and the newest delta, which all others need. An anchor that is being pulled goes when
+        nothing else can, and the oldest of these last: it is the one that will be through first.
         """
         gone: list[Stored] = []
         while _size([*self._anchors.values(), *self._deltas.values()]) > self._retention * full_bytes:
-            oldest = min(self._anchors)
-            before = [version for version in self._deltas if version <= oldest and version != self.newest]
-            if len(self._anchors) > 1:
-                gone += [self._anchors.pop(oldest), *map(self._deltas.pop, before)]
-            elif before:
-                gone.append(self._deltas.pop(min(before)))
+            newest = max(self._anchors)
+            older = [version for version in self._anchors if version != newest]
+            idle = [version for version in older if self._anchors[version].content.key not in busy]
+            deltas = [version for version in self._deltas if version <= newest and version != self.newest]
+            if idle:
+                going = min(idle)
+                leading = [v for v in deltas if v <= going] if going == min(self._anchors) else []
+                gone += [self._anchors.pop(going), *map(self._deltas.pop, leading)]
+            elif deltas:
+                gone.append(self._deltas.pop(min(deltas)))
+            elif older:
+                gone.append(self._anchors.pop(max(older)))
             else:
                 break
         return gone

@@ -22,8 +22,8 @@ from common.rendezvous import RunKeys
 from common.transport import Handler
 from common.weights import pulling
 from common.weights.partial import Partial, describe
-from common.weights.shelf import NUM_CONNECTIONS, Shelf
-from tests.clocks import PATIENCE_S, SkippingLoop, move_time
+from common.weights.shelf import BUSY_S, NUM_CONNECTIONS, Shelf
+from tests.clocks import PATIENCE_S, ManualClock, SkippingLoop, move_time
 from tests.common.transferring import CHUNK, KEY, file_of, publisher, puller_of, serving, until
 from tests.learner.test_checkpoints import limited_files
 
@@ -250,10 +250,11 @@ def test_a_killed_puller_leaves_no_file_and_its_successor_goes_on(tmp_path: Path
                 await until(lambda: shelf.bytes_out > 20 * CHUNK)
                 os.kill(killed.pid, signal.SIGKILL)
             assert not (tmp_path / "pulled").exists()
+            missing = Partial.open(content, tmp_path / "pulled").missing
+            assert 0 < len(missing) <= 100 - 20 + NUM_CONNECTIONS * pulling.CREDITS
             puller = puller_of(keys)
             await puller.pull(content, tmp_path / "pulled", endpoint)
-            under_way = NUM_CONNECTIONS * pulling.CREDITS
-            assert puller.bytes_in <= (100 - 20 + under_way) * CHUNK
+            assert puller.bytes_in == len(missing) * CHUNK
 
     asyncio.run(scenario())
     assert (tmp_path / "pulled").read_bytes() == (tmp_path / "file").read_bytes()
@@ -367,6 +368,19 @@ def test_one_that_asks_and_never_reads_neither_fills_the_memory_nor_delays_anoth
     finally:
         context.destroy(linger=0)
     assert (tmp_path / "pulled").read_bytes() == (tmp_path / "file").read_bytes()
+
+
+def test_a_file_is_busy_for_a_while_after_each_chunk_that_is_asked_for(tmp_path: Path) -> None:
+    content, clock = file_of(tmp_path / "file", 10), ManualClock()
+    shelf = Shelf(clock)
+    shelf.add(content, tmp_path / "file")
+    assert shelf.busy() == set()
+    shelf.chunk(wire.ChunkRequest(key=KEY, index=0))
+    clock.now += BUSY_S - 1
+    assert shelf.busy() == {KEY}
+    clock.now += 1
+    assert shelf.busy() == set()
+    shelf.close()
 
 
 def test_a_wrong_request_is_refused_in_one_line(tmp_path: Path) -> None:

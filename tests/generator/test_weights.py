@@ -19,7 +19,7 @@ from common.sections import RunConfig
 from common.transport import Client
 from common.versions import Version
 from generator.weights import Weights
-from generator.weights_copy import WeightsCopy
+from generator.weights_copy import Brought, WeightsCopy
 from tests.clocks import PATIENCE_S, move_time
 from tests.generator.conftest import RunningEngine, until
 from tests.generator.sites import make_run
@@ -91,7 +91,7 @@ def test_a_pull_from_a_learner_that_is_gone_is_given_up_for_another_ones(
 
 
 def test_where_no_version_can_be_pulled_the_generator_ends_with_the_reason_after_a_while(
-    running: RunningEngine, config: Config, tmp_path: Path
+    running: RunningEngine, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = running.model / "model.safetensors"
 
@@ -101,8 +101,15 @@ def test_where_no_version_can_be_pulled_the_generator_ends_with_the_reason_after
             lost = publishers.manifest(Version(9, 0))
             async with following(running, config, tmp_path) as weights:
                 hear(weights, lost)
+                tries, bring = list[wire.Manifest](), weights._copy.bring
+
+                async def counted(manifest: wire.Manifest) -> Brought:
+                    tries.append(manifest)
+                    return await bring(manifest)
+
+                monkeypatch.setattr(weights._copy, "bring", counted)
                 task = asyncio.create_task(weights.follow())
-                await until(lambda: weights.num_failed > 1, "several tries")
+                await until(lambda: len(tries) > 2, "several tries")
                 assert not task.done()
                 move_time(PATIENCE_S + 1)
                 with pytest.raises(RefusedError, match=r"part 0: found version 9\.1 published, expected 9\.0"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common import wire
-from common.errors import RefusedError, RunDirectoryError, WeightsError
+from common.errors import ModelError, RefusedError, RunDirectoryError, WeightsError
 from common.rendezvous import RunKeys
 from common.sections import WeightsConfig
 from common.versions import Version
@@ -109,6 +109,37 @@ def test_versions_between_are_skipped_and_one_far_behind_takes_the_anchor_and_th
     assert run.is_right()
 
 
+class RoomByVersion(asyncio.Semaphore):
+    """Room for a chunk that the test makes, and nothing else."""
+
+    def release(self) -> None:
+        """A chunk that has come makes none."""
+
+    def make(self) -> None:
+        super().release()
+
+
+def test_a_pull_that_takes_as_long_as_many_versions_ends_with_the_version_that_it_is_of(run: Run) -> None:
+    words = np.random.default_rng(1).integers(0, 60_000, 10_000_000, np.uint16)  # 20 chunks
+    run.weights.append(({"d": words.copy()}, PARTS[1]))
+    first = run.publishing.publish(V[0], run.weights[0])
+    run.copy._puller._room = room = RoomByVersion(9)  # of which the other part takes one
+
+    async def by_versions() -> int:
+        bringing, number = asyncio.create_task(run.copy.bring(first)), 0
+        while not bringing.done():
+            number += 1
+            words[number::50] += 1
+            await asyncio.to_thread(run.publishing.publish, Version(0, number), ({"d": words}, PARTS[1]))
+            room.make()
+        assert bringing.result().num_whole == 2
+        return number
+
+    assert asyncio.run(by_versions()) > 11  # an anchor is there for eight
+    assert run.copy.version == V[0]
+    assert run.is_right()
+
+
 def test_whoever_asks_for_a_version_that_is_gone_is_refused_and_goes_on_with_the_newest(run: Run) -> None:
     old = run.publish()
     for _ in range(9):
@@ -200,6 +231,11 @@ def test_no_room_for_a_part_is_one_line(run: Run) -> None:
     assert "\n" not in str(error.value)
     run.bring(newest)
     assert run.is_right()
+
+
+def test_a_model_without_a_config_is_one_line(tmp_path: Path, keys: RunKeys) -> None:
+    with pytest.raises(ModelError, match=r"none/config\.json: cannot be read: No such file or directory$"):
+        WeightsCopy(tmp_path, tmp_path / "none", keys, deadline_s=PATIENCE_S)
 
 
 def test_two_parts_with_the_same_tensor_are_refused(run: Run) -> None:

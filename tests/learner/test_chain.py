@@ -1,10 +1,12 @@
 """Which versions can be pulled, by what files, and what is kept for them."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from common import wire
 from common.errors import RefusedError
 from common.versions import Version
 from common.weights.delta import Delta, apply_delta
@@ -24,11 +26,11 @@ class Publishing:
         self.chain = Chain(directory, 0, anchor_every=anchor_every, retention=retention, num_threads=1)
         self.versions: list[Tensors] = []
 
-    def add(self, tensors: Tensors | None = None) -> list[Stored]:
+    def add(self, tensors: Tensors | None = None, busy: Collection[wire.FileKey] = ()) -> list[Stored]:
         number = len(self.versions)
         self.versions.append(tensors or (changed(self.versions[-1], number) if number else START))
         path = write_part(self.directory / f"{Version(0, number)}.safetensors", self.versions[-1])
-        return self.chain.add(self.chain.encode(Version(0, number), path))
+        return self.chain.add(self.chain.encode(Version(0, number), path), busy)
 
     def kinds(self, number: int, have: int | None = None) -> list[str]:
         files = self.chain.files(Version(0, number), None if have is None else Version(0, have))
@@ -78,6 +80,21 @@ def test_where_deltas_are_large_every_version_is_an_anchor_and_followers_still_t
     assert publishing.kinds(5) == ["5w"]
     assert publishing.kinds(5, have=4) == ["5"]
     assert publishing.rebuilt(5, tmp_path / "scratch")
+
+
+def test_anchors_that_are_pulled_go_last_and_the_oldest_of_them_the_very_last(tmp_path: Path) -> None:
+    publishing = Publishing(tmp_path, retention=2.5)
+    busy = {wire.FileKey(0, Version(0, 0), None)}
+    publishing.add()
+    for number in range(1, 7):
+        publishing.add(changed(publishing.versions[-1], number, share=0.3), busy)
+        assert publishing.kinds(0) == ["0w"]
+        assert publishing.kinds(number, have=number - 1) == [f"{number}"]  # nobody else suffers from it
+        busy |= {file.content.key for file in publishing.chain.files(Version(0, number), None)}
+    for _ in range(2):
+        publishing.add(changed(publishing.versions[-1], 9, share=0.3))
+    with pytest.raises(RefusedError, match=r"found version 0\.8 published, expected 0\.0"):
+        publishing.kinds(0)
 
 
 def test_one_who_has_what_is_gone_takes_an_anchor_and_what_is_gone_is_refused(tmp_path: Path) -> None:
