@@ -15,12 +15,12 @@ from common.rendezvous import RunKeys
 from common.versions import Version
 from common.weights.delta import Delta, apply_delta
 from common.weights.parts import Part
-from common.weights.pulling import Puller
+from common.weights.pulling import AHEAD_SHARE, Puller
 from common.weights.shelf import NUM_CONNECTIONS
-from common.weights.work import NUM_THREADS, to_its_end
+from common.weights.work import num_threads, to_its_end
 
 _INDEX = "model.safetensors.index.json"
-_FEW_PARTS = 4  # are decoded at a time; of more, each is pulled over one connection
+_NUM_PULLED, _NUM_DECODED = 32, 4  # parts at a time
 
 
 class Brought(NamedTuple):
@@ -55,7 +55,7 @@ class WeightsCopy:
     """Brought from version to version by pulling from all publishers; no engine may load it meanwhile.
 
     Deltas change its files in place; a whole part takes the place of the old one, which goes first. Beside the weights
-    there is one delta of each part on its way, and nothing else.
+    there is one delta of each part on its way, or those that come ahead of a whole one, and nothing else.
 
     Attributes:
         version: The version that it holds; None where it holds none, or parts of several.
@@ -71,7 +71,7 @@ class WeightsCopy:
         """
         self._puller = Puller(keys, deadline_s=deadline_s)
         self._held: dict[str, _Held | None] = {}  # by publisher
-        self._decoders = asyncio.Semaphore(_FEW_PARTS)
+        self._pulling, self._decoding = asyncio.Semaphore(_NUM_PULLED), asyncio.Semaphore(_NUM_DECODED)
         self._is_indexed = False
         self.version: Version | None = None
         self.directory, self._pulled = memory / "weights", memory / "pulled"
@@ -116,24 +116,34 @@ class WeightsCopy:
         return Brought(transfer_s, decode_s, self._puller.bytes_in - before, num_whole)
 
     async def _bring_part(self, publisher: str, version: Version) -> Brought:
-        held = self._held[publisher]
-        answer = await self._puller.files(publisher, version, held.version if held else None)
-        names = [str(content.key) for content in answer.files]
-        self._remove_pulled(f"*part-{answer.part:05d}.*", but=names)
-        num_connections = NUM_CONNECTIONS if len(self._held) <= _FEW_PARTS else 1
-        transfer_s, decode_s, num_whole = 0.0, 0.0, 0
-        for content in answer.files:
-            if content.key.base is None:
-                self._drop(publisher)
-                self._is_indexed, num_whole = False, num_whole + 1
-            began, path = time.monotonic(), self._pulled / str(content.key)
-            await self._puller.pull(content, path, publisher, num_connections=num_connections)
-            transfer_s += time.monotonic() - began
-            async with self._decoders:
-                began = time.monotonic()
-                await self._take_in(publisher, content.key, path)
-                decode_s += time.monotonic() - began
-        return Brought(transfer_s, decode_s, 0, num_whole)
+        async with self._pulling:
+            held = self._held[publisher]
+            answer = await self._puller.files(publisher, version, held.version if held else None)
+            names = [str(content.key) for content in answer.files]
+            self._remove_pulled(f"*part-{answer.part:05d}.*", but=names)
+            transfer_s, decode_s, num_whole = 0.0, 0.0, 0
+            ahead = _ahead(answer.files)
+            for content in ahead:
+                transfer_s += await self._pull(content, publisher)
+            for content in answer.files:
+                if content.key.base is None:
+                    self._drop(publisher)
+                    self._is_indexed, num_whole = False, num_whole + 1
+                if content not in ahead:
+                    transfer_s += await self._pull(content, publisher)
+                async with self._decoding:
+                    began = time.monotonic()
+                    await self._take_in(publisher, content.key)
+                    decode_s += time.monotonic() - began
+            return Brought(transfer_s, decode_s, 0, num_whole)
+
+    async def _pull(self, content: wire.Content, publisher: str) -> float:
+        """Pulls a file; returns the seconds."""
+        began = time.monotonic()
+        num_connections = NUM_CONNECTIONS if len(self._held) <= _NUM_DECODED else 1
+        path = self._pulled / str(content.key)
+        await self._puller.pull(content, path, publisher, num_connections=num_connections)
+        return time.monotonic() - began
 
     def _remove_pulled(self, pattern: str, *, but: Sequence[str] = ()) -> None:
         """Removes what pulls that were broken off have left, but for files that are still wanted."""
@@ -141,7 +151,7 @@ class WeightsCopy:
             if not any(name in path.name for name in but):
                 path.unlink(missing_ok=True)
 
-    async def _take_in(self, publisher: str, key: wire.FileKey, path: Path) -> None:
+    async def _take_in(self, publisher: str, key: wire.FileKey) -> None:
         """Makes a part what a file says, in a thread, to its end: what is half changed is nothing.
 
         Raises:
@@ -149,7 +159,7 @@ class WeightsCopy:
         """
         self._held[publisher] = _Held(key.part, None)
         try:
-            await to_its_end(self._apply, publisher, key, path)
+            await to_its_end(self._apply, publisher, key, self._pulled / str(key))
         except WeightsError as error:
             raise WeightsError(f"{error} (from {publisher})") from error
 
@@ -170,7 +180,7 @@ class WeightsCopy:
             found = f"{delta.base_version} to {delta.version}"
             raise WeightsError(f"{path}: found a delta from {found}, expected {key.base} to {key.version}")
         with Part.open(self._file(key.part), writable=True) as part:
-            apply_delta(part, delta, num_threads=max(1, NUM_THREADS // min(len(self._held), _FEW_PARTS)))
+            apply_delta(part, delta, num_threads=max(1, num_threads() // min(len(self._held), _NUM_DECODED)))
 
     def _drop(self, publisher: str) -> None:
         """Makes room for a whole part."""
@@ -199,3 +209,16 @@ class WeightsCopy:
 
     def _file(self, number: int) -> Path:
         return self.directory / f"part-{number:05d}.safetensors"
+
+
+def _ahead(files: Sequence[wire.Content]) -> list[wire.Content]:
+    """Those of the files, a whole one and deltas on it, that are pulled before the whole one."""
+    ahead: list[wire.Content] = []
+    if files and files[0].key.base is None:
+        room = AHEAD_SHARE * files[0].size_bytes
+        for content in files[1:]:
+            room -= content.size_bytes
+            if room < 0:
+                break
+            ahead.append(content)
+    return ahead

@@ -6,6 +6,7 @@ from common.config import Config
 from common.errors import ConfigError
 from common.hardware import GIB, MIB
 from common.shape import ModelShape
+from common.weights.pulling import AHEAD_SHARE
 from launch.activations import ITEM_BYTES, held_bytes
 from launch.parameters import engine_parameters, model_parameters, rank_parameters
 from launch.placement import Placement, place
@@ -168,8 +169,12 @@ def anchor_interval(config: Config) -> int:
 
 
 def pulled_copies(config: Config) -> float:
-    """How many times the weights are in the memory of a generator: its copy, and a delta on its way."""
-    return 1 + assumed_delta(config).bytes_share
+    """How many times the weights are in the memory of a generator: its copy, and deltas on their way.
+
+    These are one for who follows, and those that a joiner pulls ahead of the anchor.
+    """
+    share = assumed_delta(config).bytes_share
+    return 1 + max(share, min((anchor_interval(config) - 1) * share, AHEAD_SHARE))
 
 
 def assumed_delta(config: Config) -> AssumedDelta:

@@ -31,9 +31,9 @@ class Learner:
         self._policy = policy
         self._ledger = ledger
         self._ranks = ranks
-        self._publisher = Publisher(config, run_dir, policy.vocab_size, ranks, ledger.publish)
         self._checkpoints = Checkpoints(config, run_dir, ranks)
         self._recorder = Recorder(config, run_dir) if ranks.is_first else None
+        self._publisher = Publisher(config, run_dir, policy.vocab_size, ranks, ledger.publish)
         self._skips = SkipLimit(config)
         self._lineages = Lineages()
         self._saved = 0

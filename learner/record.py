@@ -52,6 +52,7 @@ class Stopwatch:
             if item is _END:
                 return
             yield cast(_Item, item)
+            del item  # before the next one is made
 
     def lap(self) -> dict[str, float]:
         """Seconds since the last lap, in all (`seconds`) and of each part (`PART_s`)."""

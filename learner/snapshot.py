@@ -47,9 +47,9 @@ class PartWriter:
             self._copy(rest, temporary)
             temporary.rename(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             for _ in rest:
                 pass
+            temporary.unlink(missing_ok=True)
             raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
 
     def _learn_shapes(self, tensors: Tensors) -> None:
@@ -67,7 +67,6 @@ class PartWriter:
         Raises:
             OSError: There is no room.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         size_bytes = len(self._header) + self.size_bytes
         with path.open("wb+") as file:
             os.posix_fallocate(file.fileno(), 0, size_bytes)

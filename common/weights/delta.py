@@ -26,7 +26,7 @@ from common.weights.streams import pack, unpack
 from common.weights.work import in_order
 
 _PREFIX = struct.Struct("<8sIQQQ")
-_MAGIC, _FORMAT = b"sluice-d", 1
+_MAGIC, _FORMAT = b"sluice-d", 2
 
 
 class DeltaReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from common.weights.work import to_its_end
 CREDITS = 4  # requests under way on each connection
 MAX_UNDER_WAY = 32  # requests under way in all
 NUM_TRIES = 3  # of a chunk that comes damaged
+AHEAD_SHARE = 1 / 5  # of a whole part: deltas after it are pulled before it, which takes long and they may be gone then
 
 
 class Puller:
@@ -123,8 +124,7 @@ class Puller:
         """
         key, content = transfer.key, transfer.partial.content
         for _ in range(NUM_TRIES):
-            async with self._room:
-                chunk = await transfer.ask(client, index)
+            chunk = await transfer.ask(client, index, self._room)
             self.bytes_in += len(chunk.data)
             if transfer.partial.put(index, chunk.data):
                 return
@@ -154,8 +154,13 @@ class _Transfer:
         self.rest = deque(sorted(partial.missing))
         self._silence_s = min(SILENCE_S, deadline_s)
 
-    async def ask(self, client: Client, index: int) -> wire.Chunk:
+    async def ask(self, client: Client, index: int, room: asyncio.Semaphore) -> wire.Chunk:
         """The publisher's answer. Asks again where none comes, each time later: chunks may be slower than was thought.
+
+        Args:
+            client: A connection to the publisher.
+            index: Which chunk.
+            room: Taken by each request.
 
         Raises:
             RefusedError: It no longer has the file.
@@ -163,12 +168,13 @@ class _Transfer:
         """
         with _mentioned(f"{self.key}: chunk {index} from {self.publisher}"):
             while True:
-                silence_s = self._silence_s
-                try:
-                    request = wire.ChunkRequest(key=self.key, index=index)
-                    return await client.ask_once(request, wire.Chunk, silence_s=silence_s)
-                except SilenceError:
-                    self._silence_s = max(self._silence_s, 2 * silence_s)
+                async with room:
+                    silence_s = self._silence_s
+                    try:
+                        request = wire.ChunkRequest(key=self.key, index=index)
+                        return await client.ask_once(request, wire.Chunk, silence_s=silence_s)
+                    except SilenceError:
+                        self._silence_s = max(self._silence_s, 2 * silence_s)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from common.transport import Handler, Service
 
 NUM_CONNECTIONS = 2  # of each puller
 MAX_QUEUED = 32  # chunks on their way to one peer; what is more is dropped, and asked for again by one who reads
-BUSY_S = 30.0  # that long after it was asked for last, a file counts as being pulled
+BUSY_S = 30.0  # that long after a chunk was asked for, a file counts as being pulled
+BUSY_AT_END_S = 2.0  # after its last chunk was
 _MAX_REQUEST_BYTES = 1 << 20
 
 
@@ -35,12 +36,12 @@ class _File:
     Attributes:
         content: What its bytes are.
         descriptor: The open file.
-        asked_at: When a chunk of it was asked for last.
+        busy_until: When it no longer counts as being pulled.
     """
 
     content: wire.Content
     descriptor: int
-    asked_at: float = -math.inf
+    busy_until: float = -math.inf
 
 
 class Shelf:
@@ -75,8 +76,8 @@ class Shelf:
 
     def busy(self) -> set[wire.FileKey]:
         """The files that are being pulled."""
-        since = self._clock() - BUSY_S
-        return {key for key, file in self._files.items() if file.asked_at > since}
+        now = self._clock()
+        return {key for key, file in self._files.items() if file.busy_until > now}
 
     def close(self) -> None:
         """Takes out all files."""
@@ -97,7 +98,8 @@ class Shelf:
             raise RefusedError(
                 f"{key}: found a request for chunk {index}, expected less than {file.content.num_chunks}"
             )
-        file.asked_at = self._clock()
+        is_last = index == file.content.num_chunks - 1
+        file.busy_until = self._clock() + (BUSY_AT_END_S if is_last else BUSY_S)
         data = os.pread(file.descriptor, file.content.chunk_bytes(index), index * wire.CHUNK_BYTES)
         self.bytes_out += len(data)
         return wire.Chunk(data=memoryview(data))

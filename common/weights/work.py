@@ -12,8 +12,13 @@ from typing import ParamSpec, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 P = ParamSpec("P")
-_LIKE_THIS_ONE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's word for the ranks on a node
-NUM_THREADS = max(1, len(os.sched_getaffinity(0)) // 4 // _LIKE_THIS_ONE)  # of a process that works beside others
+_SHARE = 4  # a quarter of the cores: others work beside
+
+
+def num_threads() -> int:
+    """How many threads a process may keep busy beside training; the publishers of a node's learner ranks share."""
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, of this node
+    return max(1, len(os.sched_getaffinity(0)) // _SHARE // num_ranks)
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:

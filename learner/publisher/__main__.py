@@ -20,7 +20,7 @@ from common.process import die_with_parent, run_until_stopped
 from common.rendezvous import Rendezvous, RunKeys, address_towards
 from common.versions import Version
 from common.weights.shelf import Shelf, weights_service
-from common.weights.work import NUM_THREADS
+from common.weights.work import num_threads
 from learner.publisher.chain import Chain
 from learner.publisher.reports import Encode, Encoded, Listening
 
@@ -51,7 +51,7 @@ class Publisher:
             part,
             anchor_every=config.weights.anchor_every,
             retention=config.weights.retention,
-            num_threads=NUM_THREADS,
+            num_threads=num_threads(),
         )
         self._shelf = Shelf()
         self._changed = asyncio.Condition()
@@ -105,7 +105,7 @@ class Publisher:
 
 
 def _report(report: Listening | Encoded) -> None:
-    sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
+    sys.stdout.write("\n" + msgspec.json.encode(report).decode() + "\n")  # ends what a library may have printed
     sys.stdout.flush()
 
 

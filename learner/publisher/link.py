@@ -49,7 +49,11 @@ class PublisherLink:
         self.endpoint = ""
         keep = copy_context().run  # with what the log is bound to
         Thread(target=keep, args=(self._keep,), name=f"publisher-{part}", daemon=True).start()
-        self._wait(lambda: bool(self.endpoint), "listen")
+        try:
+            self._wait(lambda: bool(self.endpoint), "listen")
+        except (DeadlineError, WeightsError):
+            self.close()
+            raise
 
     def encode(self, version: Version, path: Path) -> None:
         """Tells of a version that is written; the file is the publisher's from now on."""
@@ -109,11 +113,11 @@ class PublisherLink:
     def _listen(self, process: _Process) -> None:
         """Hears all that a publisher says; what else a library prints there is logged."""
         assert process.stdout is not None
-        for line in process.stdout:
+        for line in filter(None, map(bytes.strip, process.stdout)):
             try:
                 self._hear(msgspec.json.decode(line, type=Listening | Encoded))
             except msgspec.MsgspecError:
-                logger().warning("publisher_printed", part=self._part, line=line.decode(errors="replace").strip())
+                logger().warning("publisher_printed", part=self._part, line=line.decode(errors="replace"))
 
     def _give_up(self, death: str) -> None:
         with self._changed:

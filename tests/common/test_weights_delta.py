@@ -115,7 +115,7 @@ def patch_all(part: Part, path: Path) -> None:
         delta.patch(part, index)
 
 
-def test_any_flipped_bit_is_found_before_it_does_harm(tmp_path: Path) -> None:
+def test_any_flipped_bit_is_found_by_the_delta_s_own_checksums(tmp_path: Path) -> None:
     base, _, path = two_versions(tmp_path)
     whole = path.read_bytes()
     for bit in range(8 * len(whole)):
@@ -144,7 +144,7 @@ def test_a_delta_of_another_format_is_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[8] += 1
     path.write_bytes(data)
-    with pytest.raises(WeightsError, match="delta: found a delta of format 2, expected 1"):
+    with pytest.raises(WeightsError, match="delta: found a delta of format 3, expected 2"):
         Delta.open(path)
 
 

@@ -1,6 +1,7 @@
 """Parts are safetensors files; what is none is said in one line."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from common.errors import WeightsError
 from common.versions import Version
 from common.weights.parts import Part, check_sums, part_header, part_sums, tensor_sum
+from common.weights.work import num_threads
 from tests.clocks import PATIENCE_S
 
 VERSION = Version(0, 7)
@@ -140,3 +142,10 @@ def test_the_checksum_is_xxh3_of_the_bytes() -> None:
 def test_weights_are_handled_without_torch() -> None:
     code = "import sys, common.weights.delta; assert not {'torch', 'transformers', 'safetensors'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
+
+
+def test_publishers_of_one_node_share_a_quarter_of_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    for ranks, threads in ((1, 16), (4, 4), (64, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert num_threads() == threads

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,13 +17,13 @@ import zmq
 import zmq.asyncio
 
 from common import wire
-from common.errors import DeadlineError, RefusedError, RunDirectoryError, SluiceError, WeightsError
+from common.errors import DeadlineError, RefusedError, RunDirectoryError, SilenceError, SluiceError, WeightsError
 from common.refusals import PEERS
 from common.rendezvous import RunKeys
 from common.transport import Handler
 from common.weights import pulling
 from common.weights.partial import Partial, describe
-from common.weights.shelf import BUSY_S, NUM_CONNECTIONS, Shelf
+from common.weights.shelf import BUSY_AT_END_S, BUSY_S, NUM_CONNECTIONS, Shelf
 from tests.clocks import PATIENCE_S, ManualClock, SkippingLoop, move_time
 from tests.common.transferring import CHUNK, KEY, file_of, publisher, puller_of, serving, until
 from tests.learner.test_checkpoints import limited_files
@@ -289,6 +290,27 @@ def test_a_killed_publisher_is_an_error_by_the_deadline_and_one_at_its_port_goes
     assert (tmp_path / "pulled").read_bytes() == (tmp_path / "file").read_bytes()
 
 
+def test_chunks_that_are_slower_than_was_thought_are_waited_for_longer_each_time(tmp_path: Path) -> None:
+    silences: list[float] = []
+
+    class Slow:
+        async def ask_once(self, request: wire.ChunkRequest, expect: type[wire.Chunk], *, silence_s: float) -> Any:
+            silences.append(silence_s)
+            if len(silences) % 4:
+                raise SilenceError
+            return expect(data=memoryview(bytes([request.index])))
+
+    async def scenario() -> list[bytes]:
+        client: Any = Slow()
+        partial = Partial.open(file_of(tmp_path / "file", 2 * CHUNK), tmp_path / "pulled")
+        transfer = pulling._Transfer("publisher", partial, PATIENCE_S)
+        room = asyncio.Semaphore(1)
+        return [bytes((await transfer.ask(client, index, room)).data) for index in range(2)]
+
+    assert asyncio.run(scenario()) == [b"\x00", b"\x01"]
+    assert silences == [5.0, 10.0, 20.0, 40.0, 40.0, 80.0, 160.0, 320.0]
+
+
 def test_a_publisher_of_another_run_hands_out_nothing(tmp_path: Path, keys: RunKeys) -> None:
     (tmp_path / "other").mkdir()
     others = RunKeys.create(tmp_path / "other")
@@ -371,7 +393,7 @@ def test_one_that_asks_and_never_reads_neither_fills_the_memory_nor_delays_anoth
 
 
 def test_a_file_is_busy_for_a_while_after_each_chunk_that_is_asked_for(tmp_path: Path) -> None:
-    content, clock = file_of(tmp_path / "file", 10), ManualClock()
+    content, clock = file_of(tmp_path / "file", CHUNK + 10), ManualClock()
     shelf = Shelf(clock)
     shelf.add(content, tmp_path / "file")
     assert shelf.busy() == set()
@@ -379,6 +401,11 @@ def test_a_file_is_busy_for_a_while_after_each_chunk_that_is_asked_for(tmp_path:
     clock.now += BUSY_S - 1
     assert shelf.busy() == {KEY}
     clock.now += 1
+    assert shelf.busy() == set()
+    for index in range(2):
+        shelf.chunk(wire.ChunkRequest(key=KEY, index=index))
+    assert shelf.busy() == {KEY}
+    clock.now += BUSY_AT_END_S
     assert shelf.busy() == set()
     shelf.close()
 

@@ -119,24 +119,31 @@ class RoomByVersion(asyncio.Semaphore):
         super().release()
 
 
-def test_a_pull_that_takes_as_long_as_many_versions_ends_with_the_version_that_it_is_of(run: Run) -> None:
+@pytest.mark.parametrize("wanted", [0, 2])
+def test_a_pull_that_takes_as_long_as_many_versions_ends_with_the_version_that_it_is_of(run: Run, wanted: int) -> None:
+    """Which is whole, or comes of a whole one and deltas that are gone before that one is through."""
     words = np.random.default_rng(1).integers(0, 60_000, 10_000_000, np.uint16)  # 20 chunks
-    run.weights.append(({"d": words.copy()}, PARTS[1]))
-    first = run.publishing.publish(V[0], run.weights[0])
-    run.copy._puller._room = room = RoomByVersion(9)  # of which the other part takes one
+    run.weights.append(({"d": words}, PARTS[1]))
 
-    async def by_versions() -> int:
-        bringing, number = asyncio.create_task(run.copy.bring(first)), 0
+    def publish_next() -> wire.Manifest:
+        number = len(run.weights)
+        run.weights.append((changed(run.weights[-1][0], number, share=0.1), PARTS[1]))
+        return run.publishing.publish(Version(0, number), run.weights[-1])
+
+    newest = [run.publishing.publish(V[0], run.weights[0]), *(publish_next() for _ in range(wanted))][-1]
+    deltas = 3 * wanted  # of two chunks and of one
+    run.copy._puller._room = room = RoomByVersion(deltas + 9)  # of which the other part takes one
+
+    async def by_versions() -> Brought:
+        bringing = asyncio.create_task(run.copy.bring(newest))
         while not bringing.done():
-            number += 1
-            words[number::50] += 1
-            await asyncio.to_thread(run.publishing.publish, Version(0, number), ({"d": words}, PARTS[1]))
+            await asyncio.to_thread(publish_next)
             room.make()
-        assert bringing.result().num_whole == 2
-        return number
+        return bringing.result()
 
-    assert asyncio.run(by_versions()) > 11  # an anchor is there for eight
-    assert run.copy.version == V[0]
+    assert asyncio.run(by_versions()).num_whole == 2
+    assert len(run.weights) > 9  # an anchor is there for six or less
+    assert run.copy.version == V[wanted]
     assert run.is_right()
 
 

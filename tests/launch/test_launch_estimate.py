@@ -17,6 +17,7 @@ from launch.estimate import (
     engine_memory,
     host_memory,
     logits_bytes,
+    pulled_copies,
     rank_memory,
     update_bytes,
 )
@@ -106,7 +107,18 @@ def test_a_node_holds_what_its_ranks_publish_and_what_its_generators_pull() -> N
     nodes = host_memory(settings, DENSE, place(settings))
     size, share = update_bytes(settings, DENSE), assumed_delta(settings).bytes_share
     assert [node.published for node in nodes] == [int((5 + share) * size / 2)] * 2 + [0]
-    assert [node.pulled for node in nodes] == [0, 0, 2 * int((1 + share) * size)]
+    assert [node.pulled for node in nodes] == [0, 0, 2 * int(1.2 * size)]
+
+
+def test_a_generator_holds_its_copy_and_a_delta_or_those_ahead_of_an_anchor_up_to_a_fifth() -> None:
+    def pulled(anchor_every: int, **changes: str) -> float:
+        return pulled_copies(config(learner=learner() | changes, weights={"anchor_every": anchor_every}))
+
+    share = assumed_delta(config(learner=learner())).bytes_share
+    assert [pulled(n) for n in (1, 2, 3, 100)] == [1 + share, 1 + share, 1 + 2 * share, 1.2]
+    assert (
+        pulled(100, dtype="float32") == 1 + assumed_delta(config(learner=learner() | {"dtype": "float32"})).bytes_share
+    )
 
 
 def test_more_updates_a_step_change_more_and_in_float32_all() -> None:

@@ -108,11 +108,11 @@ PLANS = {
         "    in all         60.01 GiB  of 64.00 GiB, 3.99 GiB free; 16.00 GiB are left",
         "  node 0: optimizer state 227.58 GiB + a checkpoint under way 341.37 GiB + published weights 257.17 GiB = "
         "826.11 GiB of 1024.00 GiB",
-        "  node 1: pulled weights 116.24 GiB = 116.24 GiB of 1024.00 GiB",
+        "  node 1: pulled weights 136.49 GiB = 136.49 GiB of 1024.00 GiB",
         "  one version in 16 is kept whole; ",
         "bytes per weight update: 1.25 GiB to each of 2 generators, where 3.6% of the elements change; "
         "the whole model, 56.87 GiB, to one that joins",
-        "the learner has 257.17 GiB in /dev/shm, and each generator 58.12 GiB",
+        "the learner has 257.17 GiB in /dev/shm, and each generator 68.24 GiB",
         "a version changes 3.6% of the elements, 2.2% of the bytes: as measured in bfloat16",
         "bytes per checkpoint: 341.22 GiB",
         "739.32 GiB within run.stop_timeout_s = 3600",

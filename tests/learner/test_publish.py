@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from common import wire
 from common.config import Config
-from common.errors import RunDirectoryError, WeightsError
+from common.errors import DeadlineError, RunDirectoryError, WeightsError
 from common.layout import read_resolved
 from common.rendezvous import Rendezvous, RunKeys
 from common.sections import RunConfig, WeightsConfig
@@ -230,6 +231,16 @@ def test_what_a_library_prints_in_a_publisher_is_logged_and_no_report(
         rank.publish_first()
     assert [manifest.version.number for manifest in rank.announced] == [0]
     assert "publisher_printed" in "".join(capfd.readouterr())
+
+
+def test_a_publisher_that_never_listens_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 6000\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(DeadlineError, match=r"waited 0\.1 s for the publisher of part 0 to listen"):
+        PublisherLink(tmp_path, tmp_path, 0, deadline_s=0.1, max_restarts=3)
+    assert not [process for process in psutil.Process().children() if process.name() == "sleep"]
 
 
 def test_a_publisher_that_dies_too_often_ends_its_rank_in_one_line(tmp_path: Path) -> None:

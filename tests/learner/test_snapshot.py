@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import RunDirectoryError
+from learner.record import Stopwatch
 from learner.snapshot import PartWriter
 from tests.learner.test_checkpoints import limited_files
 
@@ -75,7 +76,7 @@ def test_a_tensor_is_gone_before_the_next_one_is_made(tmp_path: Path) -> None:
             yield name, tensor
             del tensor
 
-    PartWriter().write(counted, tmp_path / "part")
+    PartWriter().write(lambda: Stopwatch().each("export", counted()), tmp_path / "part")
     assert len(made) == 6  # once for the shapes
 
 

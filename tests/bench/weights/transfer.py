@@ -118,7 +118,7 @@ def _figures(
         *figures,
         Figure(f"{name}: of whole, the delta takes", seconds[1] / seconds[0], "x"),
         Figure(f"{name}: memory of a puller, at most", most / full_bytes, "x the model", f"{most / MIB:,.0f} MiB"),
-        Figure(f"{name}: the publisher's own memory", publisher_bytes / MIB, "MiB", "beside the parts"),
+        Figure(f"{name}: memory of the publisher with its files", publisher_bytes / full_bytes, "x the model"),
     ]
 
 
@@ -131,7 +131,7 @@ def _measure(directory: Path, versions: list[Part], num_pullers: int) -> tuple[l
     told: list[list[Told]] = []
     with publishing(directory / "run", directory / "published") as publisher, ExitStack() as stack:
         pullers = [stack.enter_context(_puller(directory, number)) for number in range(num_pullers)]
-        memory = _Memory(publisher_id(publisher))
+        memory = _Memory(publisher_id(publisher), directory / "published")
         for number, part in enumerate(versions):
             version = Version(0, number)
             path = directory / "published" / "00000" / f"{version}.safetensors"
@@ -178,9 +178,9 @@ def _write(process: "subprocess.Popen[str]", line: str) -> None:
 
 
 class _Memory:
-    """The peak of a process's own pages, and of what is in a directory."""
+    """The peak of a process's own pages together with what is in a directory."""
 
-    def __init__(self, process_id: int, directory: Path | None = None) -> None:
+    def __init__(self, process_id: int, directory: Path) -> None:
         self.peak_bytes = 0
         self._process_id, self._directory = process_id, directory
         threading.Thread(target=self._watch, daemon=True).start()
@@ -193,7 +193,7 @@ class _Memory:
                 return
             own = next((line for line in status.splitlines() if line.startswith("RssAnon")), "")
             size_bytes = 1024 * int(own.split()[1]) if own else 0  # a process that has ended has none
-            self.peak_bytes = max(self.peak_bytes, size_bytes + (_size_of(self._directory) if self._directory else 0))
+            self.peak_bytes = max(self.peak_bytes, size_bytes + _size_of(self._directory))
             time.sleep(0.01)
 
 
