@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,13 +15,14 @@ from common.errors import ModelError, RefusedError, RunDirectoryError, WeightsEr
 from common.rendezvous import RunKeys
 from common.sections import WeightsConfig
 from common.versions import Version
+from common.weights import pulling
 from common.weights.delta import encode_delta
 from common.weights.partial import describe
 from common.weights.parts import Part
 from common.weights.shelf import Shelf
 from generator.weights_copy import Brought, WeightsCopy
 from tests.clocks import PATIENCE_S
-from tests.common.transferring import serving
+from tests.common.transferring import serving, until
 from tests.generator.sites import make_run
 from tests.learner.test_checkpoints import limited_files
 from tests.publishing import Publishing, Tensors, changed, publishing, write_part
@@ -109,40 +110,41 @@ def test_versions_between_are_skipped_and_one_far_behind_takes_the_anchor_and_th
     assert run.is_right()
 
 
-class RoomByVersion(asyncio.Semaphore):
-    """Room for a chunk that the test makes, and nothing else."""
-
-    def release(self) -> None:
-        """A chunk that has come makes none."""
-
-    def make(self) -> None:
-        super().release()
-
-
 @pytest.mark.parametrize("wanted", [0, 2])
-def test_a_pull_that_takes_as_long_as_many_versions_ends_with_the_version_that_it_is_of(run: Run, wanted: int) -> None:
+def test_a_pull_that_takes_as_long_as_many_versions_ends_with_the_version_that_it_is_of(
+    run: Run, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which is whole, or comes of a whole one and deltas that are gone before that one is through."""
     words = np.random.default_rng(1).integers(0, 60_000, 10_000_000, np.uint16)  # 20 chunks
     run.weights.append(({"d": words}, PARTS[1]))
+    room, begun, ask = asyncio.Semaphore(8), set[int](), pulling._Transfer.ask
+
+    async def by_version(transfer: Any, *args: Any) -> wire.Chunk:
+        is_large = transfer.key.part == 0 and transfer.key.base is None
+        if is_large:  # each version makes room for one more of its chunks
+            await room.acquire()
+        chunk = await ask(transfer, *args)
+        if transfer.key.base is None:
+            begun.add(transfer.key.part)
+        return chunk
 
     def publish_next() -> wire.Manifest:
         number = len(run.weights)
         run.weights.append((changed(run.weights[-1][0], number, share=0.1), PARTS[1]))
         return run.publishing.publish(Version(0, number), run.weights[-1])
 
-    newest = [run.publishing.publish(V[0], run.weights[0]), *(publish_next() for _ in range(wanted))][-1]
-    deltas = 3 * wanted  # of two chunks and of one
-    run.copy._puller._room = room = RoomByVersion(deltas + 9)  # of which the other part takes one
-
-    async def by_versions() -> Brought:
-        bringing = asyncio.create_task(run.copy.bring(newest))
+    async def bring(manifest: wire.Manifest) -> Brought:
+        bringing = asyncio.create_task(run.copy.bring(manifest))
+        await until(lambda: begun == {0, 1})
         while not bringing.done():
             await asyncio.to_thread(publish_next)
-            room.make()
+            room.release()
         return bringing.result()
 
-    assert asyncio.run(by_versions()).num_whole == 2
-    assert len(run.weights) > 9  # an anchor is there for six or less
+    monkeypatch.setattr(pulling._Transfer, "ask", by_version)
+    newest = [run.publishing.publish(V[0], run.weights[0]), *(publish_next() for _ in range(wanted))][-1]
+    assert asyncio.run(bring(newest)).num_whole == 2
+    assert len(run.weights) > 12  # an anchor is there for six or less
     assert run.copy.version == V[wanted]
     assert run.is_right()
 
